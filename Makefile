@@ -1,0 +1,308 @@
+# sidekv: one non-recursive Makefile. `make help` says what there is.
+#
+# A configuration is a build directory: build/ (CUDA when nvcc is there), build/host (HOST=1), build/asan, build/tsan,
+# build/cov, build/fuzz (SAN=...). Sources are found by name, so that a new file needs no line here:
+#   common/*.c               libskv-common     log, status, hashes, clock
+#   kernels/device*.c        libskv-device     device.h and its backends: all that daemon and libsidekv link of kernels/
+#   kernels/*.c, *.cu        libhstu-layers    reference, fast host version, CUDA
+#   storage/*.c              libskv-storage
+#   daemon/*.c               libskv-daemon     all but main.c, on top: bin/sidekvd; and keeper.c: bin/sidekv-keeper
+#   client/skv_*.c           libsidekv         client/runner*.c: libsidekv-hstu
+#   client/cli_*.c           libskv-cli        all but cli_main.c; bin/sidekv is cli_main.c on top
+#   tests/test_*.c           a Criterion program each; tests/stress_*.c, prove_*.c: plain programs; tests/proc_*.sh: process tests;
+#                            tests/fuzz_*.c: libFuzzer's (SAN=fuzz); tests/shim_*.c: what provers preload
+#   bench/bench_*.c, *.cu    bin/bench_*
+# Who may include whom is the -I list of each folder, nothing else.
+
+CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda /usr/local/cuda-13.0 /opt/cuda))
+NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+ifneq ($(HOST)$(SAN),)
+NVCC := # sanitizers know nothing of device code
+endif
+CUDA := $(if $(NVCC),1,)
+
+CONFIG := $(if $(SAN),$(SAN),$(if $(HOST),host,))
+B := build$(if $(CONFIG),/$(CONFIG),)
+# V=1 shows whole commands.
+Q := $(if $(V),,@)
+say = $(if $(V),,@echo '  $(1)')
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+CC = gcc
+OPT ?= -O2 -g
+WARN = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith -Wvla \
+       -Wno-missing-field-initializers -Werror=implicit-function-declaration $(if $(WERROR),-Werror)
+CFLAGS = -std=c17 -D_GNU_SOURCE $(OPT) $(WARN) -fno-strict-aliasing -fPIC -fvisibility=default -pthread
+ifeq ($(SAN),asan)
+CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+LDFLAGS += -fsanitize=address,undefined
+endif
+ifeq ($(SAN),tsan)
+CFLAGS += -fsanitize=thread -fno-omit-frame-pointer -Wno-tsan
+LDFLAGS += -fsanitize=thread
+endif
+ifeq ($(SAN),fuzz)
+CC = clang
+OPT = -O1 -gline-tables-only
+CFLAGS += -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
+          -fprofile-instr-generate -fcoverage-mapping -Wno-unknown-pragmas
+LDFLAGS += -fsanitize=address,undefined -fprofile-instr-generate
+endif
+ifeq ($(SAN),cov)
+CFLAGS += --coverage -include tests/coverage_exit.h
+LDFLAGS += --coverage
+endif
+LDFLAGS += -pthread
+LIBS_COMMON = -lxxhash -lm -ldl -lrt
+CUDA_INC := $(if $(CUDA),-isystem $(CUDA_HOME)/include,)
+CUDART := $(if $(CUDA),-L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lpthread,)
+NVFLAGS = -O3 -std=c++17 -lineinfo -Xcompiler=-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-fPIC \
+          --threads 2 --expt-relaxed-constexpr -Xptxas=-v
+# sm_90a holds every kernel; sm_80 SASS serves 8.0, 8.6 and 8.9, its PTX the rest.
+NVARCH_ALL = -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
+NVARCH_90 = -gencode arch=compute_90a,code=sm_90a
+
+I_common  = -Iinclude -Icommon
+I_kernels = -Iinclude -Icommon -Ikernels $(CUDA_INC)
+I_storage = -Iinclude -Icommon -Istorage
+I_daemon  = -Iinclude -Icommon -Ikernels -Istorage -Idaemon
+I_client  = -Iinclude -Icommon -Ikernels -Iclient
+I_tests   = -Iinclude -Icommon -Ikernels -Istorage -Idaemon -Iclient -Itests $(CUDA_INC)
+I_bench   = $(I_tests) -Ibench
+
+SRC_common  := $(wildcard common/*.c)
+ABSENT      := kernels/device_cuda_absent.c kernels/layers_cuda_absent.c
+SRC_device  := $(filter-out $(if $(CUDA),$(ABSENT),$(filter-out $(ABSENT),$(wildcard kernels/device_cuda*.c))),$(wildcard kernels/device*.c))
+SRC_layers  := $(filter-out kernels/device% $(if $(CUDA),$(ABSENT),$(wildcard kernels/cuda_*.c)),$(wildcard kernels/*.c))
+CU_layers   := $(if $(CUDA),$(wildcard kernels/*.cu),)
+SRC_storage := $(wildcard storage/*.c)
+SRC_daemon  := $(filter-out daemon/main.c daemon/keeper.c,$(wildcard daemon/*.c))
+SRC_sidekv  := $(wildcard client/skv_*.c)
+SRC_runner  := $(wildcard client/runner*.c)
+SRC_cli     := $(filter-out client/cli_main.c,$(wildcard client/cli_*.c))
+# Tests and benches of the CUDA layers need its headers, and share a plain CUDA reference.
+CUDA_ONLY   := $(addprefix tests/test_,plan_cuda.c attention_cuda.c layers_cuda.c uvqk_cuda.c) $(addprefix bench/bench_,block.c gemm.c)
+NEEDS_CUDA  := $(if $(CUDA),,$(CUDA_ONLY))
+TESTS       := $(patsubst tests/%.c,$(B)/tests/%,$(filter-out $(NEEDS_CUDA),$(wildcard tests/test_*.c tests/stress_*.c)))
+FUZZERS     := $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/fuzz_*.c))
+PROVERS     := $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/prove_*.c))
+SHIMS       := $(patsubst tests/%.c,$(B)/tests/%.so,$(wildcard tests/shim_*.c))
+BENCHES     := $(patsubst bench/%.c,$(B)/bin/%,$(filter-out $(NEEDS_CUDA),$(wildcard bench/bench_*.c))) \
+               $(if $(CUDA),$(patsubst bench/%.cu,$(B)/bin/%,$(wildcard bench/bench_*.cu)))
+
+obj = $(patsubst %,$(B)/obj/%.o,$(1))
+A_common  = $(B)/lib/libskv-common.a
+A_device  = $(B)/lib/libskv-device.a
+A_layers  = $(B)/lib/libhstu-layers.a
+A_storage = $(B)/lib/libskv-storage.a
+A_daemon  = $(B)/lib/libskv-daemon.a
+A_sidekv  = $(B)/lib/libsidekv.a
+A_runner  = $(B)/lib/libsidekv-hstu.a
+A_cli     = $(B)/lib/libskv-cli.a
+BINS := $(if $(wildcard daemon/main.c),$(B)/bin/sidekvd $(B)/bin/sidekv-keeper) $(if $(wildcard client/cli_main.c),$(B)/bin/sidekv)
+
+.PHONY: all
+all: deps $(BINS) $(BENCHES) ## build the daemon, the CLI, the libraries and the benches
+
+.PHONY: deps
+deps: ## check for (as root: install) the Debian packages that the build needs
+	@contrib/deps.sh
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+.PHONY: help
+
+$(A_common): $(call obj,$(SRC_common))
+$(A_device): $(call obj,$(SRC_device))
+$(A_layers): $(call obj,$(SRC_layers) $(CU_layers))
+$(A_storage): $(call obj,$(SRC_storage))
+$(A_daemon): $(call obj,$(SRC_daemon))
+$(A_sidekv): $(call obj,$(SRC_sidekv))
+$(A_runner): $(call obj,$(SRC_runner))
+$(A_cli): $(call obj,$(SRC_cli))
+$(B)/lib/%.a:
+	@mkdir -p $(@D)
+	@rm -f $@
+	$(Q)ar rcs $@ $^
+
+# $(1) folder. A change of flags is a change of configuration: clean by hand.
+define cc_rule
+$(B)/obj/$(1)/%.c.o: $(1)/%.c | deps
+	@mkdir -p $$(@D)
+	$$(call say,CC $$<)
+	$$(Q)$$(CC) $$(CFLAGS) $$(CFLAGS_$$(*F)) $$(I_$(1)) -MMD -MP -c $$< -o $$@
+$(B)/obj/$(1)/%.cu.o: $(1)/%.cu | deps
+	@mkdir -p $$(@D)
+	$$(call say,NVCC $$<)
+	$$(Q)$$(NVCC) $$(NVFLAGS) $$(if $$(findstring sm90,$$*),$$(NVARCH_90),$$(NVARCH_ALL)) $$(I_$(1)) -MMD -MP -c $$< -o $$@ 2>$$@.ptxas || { cat $$@.ptxas >&2; exit 1; }
+	$$(Q)tests/kernels.sh $$@.ptxas || { rm -f $$@; exit 1; }
+endef
+$(foreach d,common kernels storage daemon client tests bench,$(eval $(call cc_rule,$(d))))
+
+# The fast host layers are compiled for the instruction sets they dispatch on.
+-include kernels/flags.mk
+
+$(B)/bin/sidekvd $(B)/tests/bin/sidekvd: $(B)/obj/daemon/main.c.o $(A_daemon) $(A_device) $(A_storage) $(A_common)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -luring -llmdb $(LIBS_COMMON)
+$(B)/bin/sidekv-keeper $(B)/tests/bin/sidekv-keeper: $(B)/obj/daemon/keeper.c.o $(A_common)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS_COMMON)
+$(B)/bin/sidekv: $(B)/obj/client/cli_main.c.o $(A_cli) $(A_runner) $(A_sidekv) $(A_layers) $(A_device) $(A_common)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -ljansson $(LIBS_COMMON)
+ALL_A = $(A_cli) $(A_daemon) $(A_runner) $(A_sidekv) $(A_layers) $(A_device) $(A_storage) $(A_common)
+$(B)/bin/bench_%: $(B)/obj/bench/bench_%.c.o $(ALL_A)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
+$(B)/bin/bench_%: $(B)/obj/bench/bench_%.cu.o $(ALL_A)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
+$(B)/tests/test_%: $(B)/obj/tests/test_%.c.o $(ALL_A)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -lcriterion -luring -llmdb -ljansson $(LIBS_COMMON)
+CUDA_A = $(if $(CUDA),$(call obj,tests/cuda_reference.cu)) $(A_layers) $(A_device) $(A_common)
+$(patsubst %.c,$(B)/%,$(filter tests/%,$(CUDA_ONLY))): $(B)/tests/%: $(B)/obj/tests/%.c.o $(CUDA_A)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -lcriterion $(LIBS_COMMON)
+$(patsubst bench/%.c,$(B)/bin/%,$(filter bench/%,$(CUDA_ONLY))): $(B)/bin/%: $(B)/obj/bench/%.c.o $(CUDA_A)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) $(LIBS_COMMON)
+$(filter $(B)/tests/stress_%,$(TESTS)) $(PROVERS): $(B)/tests/%: $(B)/obj/tests/%.c.o $(ALL_A)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb -ljansson $(LIBS_COMMON)
+# These die where a prover tells them to: common/failpoint.h.
+FAIL_BINS := $(B)/tests/bin/sidekvd $(B)/tests/bin/sidekv-keeper
+$(FAIL_BINS) $(B)/tests/prove_kills: $(B)/obj/tests/failpoint.c.o
+# What decodes what others wrote, without the layers: quick to build.
+FUZZED_A = $(call obj,client/cli_log.c) $(A_daemon) $(A_sidekv) $(A_device) $(A_storage) $(A_common)
+$(FUZZERS): $(B)/tests/%: $(B)/obj/tests/%.c.o $(FUZZED_A)
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ -luring -llmdb $(LIBS_COMMON)
+$(B)/tests/fuzz_entries: LDFLAGS += -Wl,--wrap=calloc
+
+.PHONY: binaries programs
+binaries: deps $(BINS) ## build the daemon and the CLI only
+# Criterion does not run under TSan: there the threaded programs are plain ones.
+programs: $(if $(filter tsan,$(SAN)),$(filter $(B)/tests/stress_%,$(TESTS)),$(TESTS)) ## build the test programs of this configuration
+
+.PHONY: provers
+provers: $(PROVERS) $(B)/tests/stress_cache $(B)/tests/stress_cache_all $(FAIL_BINS) $(SHIMS)
+# What provers preload into other programs.
+$(B)/tests/shim_%.so: $(B)/obj/tests/shim_%.c.o
+	@mkdir -p $(@D)
+	$(call say,LD $@)
+	$(Q)$(CC) $(LDFLAGS) -shared -o $@ $^ -ldl
+
+.PHONY: fuzzers
+fuzzers: $(FUZZERS)
+
+PROCS := $(wildcard tests/proc_*.sh)
+ASAN_TESTS := $(patsubst build/%,build/asan/%,$(filter-out %_cuda,$(TESTS)))
+TSAN_TESTS := $(patsubst build/%,build/tsan/%,$(filter build/tests/stress_%,$(TESTS)))
+
+.PHONY: check
+check: all $(TESTS) ## unit and process tests of this configuration
+	@tests/run.sh $(TESTS) $(PROCS)
+
+.PHONY: test
+test: all $(TESTS) ## everything that CI runs: both builds, all tests, sanitizers, linters
+	@contrib/deps.sh lint
+	@$(MAKE) --no-print-directory HOST=1 all
+	@$(MAKE) --no-print-directory SAN=asan binaries programs
+	@$(MAKE) --no-print-directory SAN=tsan programs
+	@tests/run.sh tests/lint.sh $(TESTS) $(PROCS) $(ASAN_TESTS) $(TSAN_TESTS) SIDEKV_BIN=build/asan/bin $(PROCS)
+
+GPU_TESTS := $(addprefix $(B)/tests/,test_device test_plan_cuda test_uvqk_cuda test_attention_cuda test_layers_cuda)
+.PHONY: test-gpu
+test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel paths, the grid's every cell, then memcheck
+	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart) HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
+	@tests/sanitize_cuda.sh memcheck $(GPU_TESTS)
+
+# SCALE=full|ci|FACTOR: the full counts, a tenth of them, or so many times them.
+SCALE ?= full
+.PHONY: guarantees
+guarantees: ## prove the promises of docs/guarantees.md: SCALE=full (most of an hour), or ci (a tenth)
+	@$(MAKE) --no-print-directory HOST=1 binaries provers
+	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/guarantees.sh \
+	    $(addprefix build/host/tests/,$(notdir $(PROVERS))) $(wildcard tests/prove_*.sh)
+
+.PHONY: torture
+torture: ## kill daemon, workers and keeper until one dies wrong, or for HOURS=N; a new seed each round
+	@$(MAKE) --no-print-directory HOST=1 binaries provers
+	@tests/torture.sh build/host/tests/prove_kills $(HOURS)
+
+.PHONY: fuzz
+fuzz: ## libFuzzer over all decoders, SCALE as for guarantees (full: a minute each)
+	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/prove_fuzz.sh
+
+.PHONY: coverage
+coverage: ## line coverage of all tests on the host; less than 90 % is a failure
+	@$(MAKE) --no-print-directory SAN=cov binaries programs
+	@find build/cov -name '*.gcda' -delete
+	@tests/run.sh SIDEKV_BIN=build/cov/bin $(addprefix build/cov/tests/,$(notdir $(filter-out %_cuda,$(TESTS)))) $(PROCS)
+	@tests/coverage.sh build/cov
+
+# Not under valgrind: threads by the hundred, whole daemons, what is in the page cache, and the layers' arithmetic.
+VALGRIND_NOT := stress_% %_cuda test_admin test_restart test_refusals test_hostile test_gates test_protect test_fdpass test_fdstore \
+                test_client% test_mover% test_direct test_store_crash test_layers_host test_reference test_model
+.PHONY: valgrind
+valgrind: ## memcheck over the unit tests of the host build
+	@contrib/deps.sh valgrind
+	@$(MAKE) --no-print-directory HOST=1 programs
+	@HSTU_HOST_MATH=portable tests/valgrind.sh $(addprefix build/host/tests/,$(filter-out $(VALGRIND_NOT),$(notdir $(TESTS))))
+
+.PHONY: lint
+lint: ## clang-format, cppcheck, clang-tidy, and who includes whom
+	@contrib/deps.sh lint
+	@tests/lint.sh
+
+.PHONY: demo
+demo: all ## the main job: two workers on one cache, one of them killed, beside the same work without a cache
+	@$(B)/bin/sidekv replay --generate --workers 2 --kill-worker-every 40 --verify 0.05 --compare
+
+.PHONY: bench
+bench: all ## the figures of docs/benchmarks.md that this machine can give; PARTS="block torch": only these
+	@bench/run.sh $(B)/bin $(PARTS)
+
+.PHONY: install
+install: all ## programs, libraries, headers, man pages and the systemd unit, under $(DESTDIR)$(PREFIX)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig \
+	    $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8
+	install -m 755 $(B)/bin/sidekv $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(B)/bin/sidekvd $(B)/bin/sidekv-keeper $(DESTDIR)$(PREFIX)/sbin
+	install -m 644 include/sidekv.h include/hstu.h $(DESTDIR)$(PREFIX)/include
+	install -m 644 $(INSTALLED_A) $(DESTDIR)$(PREFIX)/lib
+	install -m 644 $(wildcard man/*.1) $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 $(wildcard man/*.8) $(DESTDIR)$(PREFIX)/share/man/man8
+	for unit in sidekvd.service libsidekv.pc libsidekv-hstu.pc; do \
+	    case $$unit in *.pc) to=lib/pkgconfig ;; *) to=lib/systemd/system ;; esac; \
+	    sed -e 's|@PREFIX@|$(PREFIX)|g' -e "s|@VERSION@|$$(sed -n 's/.*SKV_VERSION *"\(.*\)"/\1/p' include/sidekv.h)|g" \
+	        -e 's|@CUDART@|$(CUDART)|g' contrib/$$unit.in >$(DESTDIR)$(PREFIX)/$$to/$$unit || exit 1; done
+
+# What a worker links: each archive whole, what it needs merged in.
+INSTALLED_A := $(B)/lib/installed/libsidekv.a $(B)/lib/installed/libsidekv-hstu.a
+$(B)/lib/installed/libsidekv.a: $(A_sidekv) $(A_device) $(A_common)
+$(B)/lib/installed/libsidekv-hstu.a: $(A_runner) $(A_layers)
+$(B)/lib/installed/%.a:
+	@mkdir -p $(@D)
+	@(echo "create $@"; for a in $^; do echo "addlib $$a"; done; echo save; echo end) | ar -M
+install: $(INSTALLED_A)
+
+.SECONDARY:
+-include $(shell find $(B)/obj -name '*.d' 2>/dev/null)
+
+clean: ## remove every build directory
+	rm -rf build
+.PHONY: clean

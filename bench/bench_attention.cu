@@ -1,0 +1,916 @@
+/* bench_attention: attention alone, on the device, checked and timed.
+ *
+ *   bench_attention --check            every shape that hstu.md names, against a plain CUDA
+ *                                      reference; golden A'; bitwise properties
+ *   bench_attention --bench            the shapes that matter, TFLOP/s of the exact mask beside 600
+ *   bench_attention --batch 8 --history 4096 --new 4096 --candidates 256 --head-dim 256 --page 32
+ *                                      one shape: checked with --check, timed with --bench
+ *   --pairs n     puts neighbouring row tiles of a head side by side in the work list, n heads (of
+ *                 all sequences) at a time; without it, hstu_plan()'s order
+ *   --group g, --heads H, --seconds s (of timing, a shape)
+ *
+ * It makes its own batches, so it needs neither the runner nor the daemon: random m, a pool whose
+ * free pages and tails hold NaN, page lists interleaved between users, hstu_plan()'s work list.
+ * Needs: one path, cuda_plan.c, log.c. */
+#include "cuda_pass.h"
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void check(cudaError_t error, const char *what, int line)
+{
+    if (error == cudaSuccess)
+        return;
+    fprintf(stderr, "bench_attention:%d: %s: %s\n", line, what, cudaGetErrorString(error));
+    exit(1);
+}
+#define CHECK(call) check(call, #call, __LINE__)
+
+struct options {
+    uint32_t batch, history, fresh, candidates, head_dim, page, heads, group;
+};
+
+/* ---- making a batch ---- */
+
+enum { LAYERS = 2 }; /* at least; more when timing, so that layers rotate out of the L2 */
+
+struct problem {
+    struct skv_geometry geometry;
+    uint32_t group, layer, count, rows, used_rows, max_slices, pool_pages, items;
+    struct hstu_sequence sequence[SKV_MAX_BATCH];
+    uint32_t row_start[SKV_MAX_BATCH + 1], page_start[SKV_MAX_BATCH + 1];
+    uint32_t *page; /* host copy, all sequences */
+    uint32_t pages;
+    float inverse_n;
+    struct hstu_attention_args args;
+    void *state;
+    const struct hstu_attention_path *path;
+};
+
+static void *device_alloc(uint64_t bytes)
+{
+    void *p = NULL;
+    CHECK(cudaMalloc(&p, bytes ? bytes : 16));
+    return p;
+}
+
+static void *device_copy(const void *from, uint64_t bytes)
+{
+    void *p = device_alloc(bytes);
+    CHECK(cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice));
+    return p;
+}
+
+/* Uniform in (-1, 1), a fixed function of its place. */
+__device__ float noise(uint64_t i, uint32_t seed)
+{
+    uint64_t x = i * 0x9e3779b97f4a7c15u + seed * 0xd1b54a32d192ed03u;
+    x ^= x >> 31;
+    x *= 0xbf58476d1ce4e5b9u;
+    x ^= x >> 29;
+    x *= 0x94d049bb133111ebu;
+    x ^= x >> 32;
+    return (int32_t)(x & 0xffffffff) * (1.0f / 2147483648.0f);
+}
+
+__global__ void fill_noise(__nv_bfloat16 *to, uint64_t count, uint32_t seed, float scale,
+                           float shift)
+{
+    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < count;
+         i += (uint64_t)gridDim.x * blockDim.x)
+        to[i] = __float2bfloat16(scale * noise(i, seed) + shift);
+}
+
+/* NaN in every slot of the pool that holds no cached token: free pages and tails. One block a page.
+ * valid[page]: tokens of it that are cached. */
+__global__ void poison_pool(__nv_bfloat16 *pool, const uint32_t *valid, uint32_t planes, uint32_t s,
+                            uint32_t d)
+{
+    uint64_t page = blockIdx.x;
+    __nv_bfloat16 *p = pool + page * planes * s * d;
+    for (uint32_t i = threadIdx.x; i < planes * s * d; i += blockDim.x)
+        if (i / d % s >= valid[page])
+            p[i] = __ushort_as_bfloat16(0x7fff);
+}
+
+static uint32_t random_state = 12345;
+static uint32_t random_u32(void)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 17;
+    random_state ^= random_state << 5;
+    return random_state;
+}
+
+/* ---- the work list in pairs ---- */
+
+static const struct problem *sorting;
+static uint32_t pair_heads; /* 0: the planner's list as it is */
+
+/* Key steps of an item. */
+static uint32_t length_of(const struct hstu_work *w)
+{
+    uint32_t h = sorting->sequence[w->sequence].history, step = sorting->path->key_step;
+    uint32_t end = w->key1 < h ? w->key1 : h;
+    return w->rows ? (end > w->key0 ? (end - w->key0 + step - 1) / step : 0) + (w->key1 > h) : 0;
+}
+
+static int by_neighbour(const void *a, const void *b)
+{
+    const struct hstu_work *x = (const struct hstu_work *)a, *y = (const struct hstu_work *)b;
+    if (x->sequence != y->sequence)
+        return x->sequence < y->sequence ? -1 : 1;
+    if (x->head != y->head)
+        return x->head < y->head ? -1 : 1;
+    if (x->key0 != y->key0)
+        return x->key0 < y->key0 ? -1 : 1;
+    return x->row0 < y->row0 ? -1 : x->row0 > y->row0;
+}
+
+static int by_length(const void *a, const void *b)
+{
+    const struct hstu_work *x = (const struct hstu_work *)a, *y = (const struct hstu_work *)b;
+    uint32_t longer_x = length_of(x), longer_y = length_of(y);
+    return longer_x > longer_y ? -1 : longer_x < longer_y ? 1 : by_neighbour(a, b);
+}
+
+struct unit {
+    struct hstu_work item[2];
+};
+
+static int by_unit(const void *a, const void *b)
+{
+    const struct unit *x = (const struct unit *)a, *y = (const struct unit *)b;
+    uint32_t heads = sorting->geometry.heads;
+    uint32_t block_x = (x->item[0].sequence * heads + x->item[0].head) / pair_heads;
+    uint32_t block_y = (y->item[0].sequence * heads + y->item[0].head) / pair_heads;
+    if (block_x != block_y)
+        return block_x < block_y ? -1 : 1;
+    uint32_t lx = length_of(&x->item[0]) + length_of(&x->item[1]);
+    uint32_t ly = length_of(&y->item[0]) + length_of(&y->item[1]);
+    return lx > ly ? -1 : lx < ly ? 1 : by_neighbour(x, y);
+}
+
+/* Reorders a list so that items 2u and 2u + 1 are neighbouring row tiles of one head and slice
+ * where there are such, longest units first among each pair_heads heads. `work` has room for twice
+ * the items. Returns how many there are now. */
+static uint32_t pair_up(const struct problem *p, struct hstu_work *work, uint32_t items)
+{
+    uint32_t rows = p->path->tile_rows(p->geometry.head_dim), units = 0, singles = 0;
+    struct unit *unit = (struct unit *)calloc(items + 1, sizeof *unit);
+    struct hstu_work *single = (struct hstu_work *)calloc(items + 1, sizeof *single);
+    sorting = p;
+    qsort(work, items, sizeof *work, by_neighbour);
+    for (uint32_t i = 0; i < items; i++) {
+        const struct hstu_work *a = &work[i], *b = a + 1;
+        if (i + 1 < items && a->row0 / rows % 2 == 0 && b->row0 == a->row0 + rows &&
+            a->sequence == b->sequence && a->head == b->head && a->key0 == b->key0) {
+            unit[units].item[0] = *a;
+            unit[units++].item[1] = *b;
+            i++;
+        } else {
+            single[singles++] = *a;
+        }
+    }
+    qsort(single, singles, sizeof *single, by_length);
+    for (uint32_t i = 0; i < singles; i += 2, units++) {
+        unit[units].item[0] = single[i];
+        unit[units].item[1] = single[i + 1]; /* past the last: no rows */
+    }
+    qsort(unit, units, sizeof *unit, by_unit);
+    memcpy(work, unit, units * sizeof *unit);
+    free(unit);
+    free(single);
+    return units * 2;
+}
+
+/* Fills the device side for p->sequence[0 .. count). `order`: a seed for which physical pages.
+ * Scores: q is scaled and shifted by the two. */
+static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t seed, float scale,
+                  float shift)
+{
+    const struct skv_geometry *g = &p->geometry;
+    uint32_t s = g->page_tokens;
+    p->row_start[0] = p->page_start[0] = 0;
+    for (uint32_t b = 0; b < p->count; b++) {
+        const struct hstu_sequence *q = &p->sequence[b];
+        p->row_start[b + 1] = p->row_start[b] + q->history - q->cached + q->targets;
+        p->page_start[b + 1] = p->page_start[b] + (q->cached + s - 1) / s;
+    }
+    p->used_rows = p->row_start[p->count];
+    p->rows = p->used_rows + padding;
+    p->pages = p->page_start[p->count];
+    p->pool_pages = p->pages + p->pages / 8 + 3;
+    uint32_t *shuffled = (uint32_t *)malloc(p->pool_pages * sizeof(uint32_t));
+    uint32_t *valid = (uint32_t *)calloc(p->pool_pages, sizeof(uint32_t));
+    for (uint32_t i = 0; i < p->pool_pages; i++)
+        shuffled[i] = i;
+    random_state = order * 2654435761u + 1;
+    for (uint32_t i = p->pool_pages; i-- > 1;) {
+        uint32_t j = random_u32() % (i + 1), t = shuffled[i];
+        shuffled[i] = shuffled[j];
+        shuffled[j] = t;
+    }
+    /* The pool's last page is always in use: 64-bit addresses. */
+    for (uint32_t i = 0; i < p->pages; i++)
+        if (shuffled[i] == p->pool_pages - 1)
+            break;
+        else if (i + 1 == p->pages)
+            shuffled[i] = p->pool_pages - 1;
+    p->page = shuffled;
+    uint32_t history[SKV_MAX_BATCH], cached[SKV_MAX_BATCH], targets[SKV_MAX_BATCH];
+    for (uint32_t b = 0; b < p->count; b++) {
+        const struct hstu_sequence *q = &p->sequence[b];
+        history[b] = q->history;
+        cached[b] = q->cached;
+        targets[b] = q->targets;
+        for (uint32_t t = 0; t < q->cached; t++)
+            valid[shuffled[p->page_start[b] + t / s]]++;
+    }
+    uint32_t planes = g->layers * 2 * g->heads, wide = 4 * g->heads * g->head_dim;
+    uint64_t page_elements = (uint64_t)planes * s * g->head_dim;
+    __nv_bfloat16 *pool = (__nv_bfloat16 *)device_alloc(p->pool_pages * page_elements * 2);
+    __nv_bfloat16 *m = (__nv_bfloat16 *)device_alloc((uint64_t)p->rows * wide * 2);
+    fill_noise<<<1024, 256>>>(pool, p->pool_pages * page_elements, seed, 1, 0);
+    fill_noise<<<1024, 256>>>(m, (uint64_t)p->rows * wide, seed + 1, scale, shift);
+    uint32_t *device_valid = (uint32_t *)device_copy(valid, p->pool_pages * sizeof(uint32_t));
+    poison_pool<<<p->pool_pages, 256>>>(pool, device_valid, planes, s, g->head_dim);
+    CHECK(cudaMemset(m + (uint64_t)p->used_rows * wide, 0xff, (uint64_t)padding * wide * 2));
+    CHECK(cudaDeviceSynchronize());
+    CHECK(cudaFree(device_valid));
+    free(valid);
+
+    p->max_slices = hstu_plan_slices(p->rows);
+    uint32_t capacity = hstu_plan_capacity(p->path, g, p->rows, p->count);
+    struct hstu_work *work = (struct hstu_work *)calloc(2 * capacity + 2, sizeof *work);
+    uint8_t *slices = (uint8_t *)calloc(p->rows + 1, 1);
+    struct cudaDeviceProp properties;
+    CHECK(cudaGetDeviceProperties(&properties, 0));
+    p->items = hstu_plan(p->path, g, p->group, p->sequence, p->count, p->rows,
+                         properties.multiProcessorCount, p->max_slices, work, capacity, slices);
+    if (pair_heads)
+        p->items = pair_up(p, work, p->items);
+
+    struct hstu_attention_args *a = &p->args;
+    memset(a, 0, sizeof *a);
+    a->geometry = *g;
+    a->layer = p->layer;
+    a->rows = p->rows;
+    a->group = p->group;
+    a->inverse_n = p->inverse_n;
+    a->m = m;
+    a->pool = pool;
+    a->pool_pages = p->pool_pages;
+    a->max_slices = p->max_slices;
+    a->sm_count = properties.multiProcessorCount;
+    a->batch.row_start = (uint32_t *)device_copy(p->row_start, sizeof p->row_start);
+    a->batch.page_start = (uint32_t *)device_copy(p->page_start, sizeof p->page_start);
+    a->batch.history = (uint32_t *)device_copy(history, sizeof history);
+    a->batch.cached = (uint32_t *)device_copy(cached, sizeof cached);
+    a->batch.targets = (uint32_t *)device_copy(targets, sizeof targets);
+    a->batch.pages = (uint32_t *)device_copy(shuffled, p->pool_pages * sizeof(uint32_t));
+    a->batch.slices = (uint8_t *)device_copy(slices, p->rows);
+    a->batch.work = (struct hstu_work *)device_copy(work, (2 * capacity + 2) * sizeof *work);
+    a->batch.work_count = (uint32_t *)device_copy(&p->items, sizeof p->items);
+    a->batch.next = (uint32_t *)device_alloc(SKV_MAX_LAYERS * sizeof(uint32_t));
+    a->partial = (float *)device_alloc((uint64_t)p->max_slices * p->rows * g->heads * g->head_dim *
+                                       sizeof(float));
+    free(work);
+    free(slices);
+    if (p->path->open(a, &p->state)) {
+        fprintf(stderr, "bench_attention: path %s does not open\n", p->path->name);
+        exit(1);
+    }
+}
+
+static void clear(struct problem *p)
+{
+    struct hstu_attention_args *a = &p->args;
+    const void *all[] = {a->m,
+                         a->pool,
+                         a->partial,
+                         a->batch.row_start,
+                         a->batch.page_start,
+                         a->batch.history,
+                         a->batch.cached,
+                         a->batch.targets,
+                         a->batch.pages,
+                         a->batch.slices,
+                         a->batch.work,
+                         a->batch.work_count,
+                         a->batch.next};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        CHECK(cudaFree((void *)all[i]));
+    p->path->close(p->state);
+    free(p->page);
+}
+
+static void launch(struct problem *p, cudaStream_t stream)
+{
+    if (p->path->launch(p->state, &p->args, stream))
+        exit(1);
+}
+
+/* ---- reference: a block a row and head, scores in shared memory, then a thread an output ---- */
+
+struct reference_args {
+    struct hstu_attention_args a;
+    uint32_t count;
+    float *exact, *rounded, *magnitude; /* [rows][HD], [rows][HD], [rows] */
+};
+
+__device__ bool allowed(uint32_t query, uint32_t key, uint32_t history, uint32_t group)
+{
+    if (query < history)
+        return key <= query;
+    if (key < history)
+        return true;
+    return key <= query && (key - history) / group == (query - history) / group;
+}
+
+__device__ const __nv_bfloat16 *key_or_value(const struct hstu_attention_args &a, uint32_t b,
+                                             uint32_t cached, uint32_t key, uint32_t kv,
+                                             uint32_t head)
+{
+    const struct skv_geometry &g = a.geometry;
+    uint64_t hd = (uint64_t)g.heads * g.head_dim;
+    if (key >= cached) {
+        uint64_t row = a.batch.row_start[b] + key - cached;
+        return (const __nv_bfloat16 *)a.m + row * 4 * hd + (kv ? 1 : 3) * hd + head * g.head_dim;
+    }
+    uint64_t page = a.batch.pages[a.batch.page_start[b] + key / g.page_tokens];
+    uint64_t plane = ((page * g.layers + a.layer) * 2 + kv) * g.heads + head;
+    return (const __nv_bfloat16 *)a.pool +
+           (plane * g.page_tokens + key % g.page_tokens) * g.head_dim;
+}
+
+__global__ void reference(const struct reference_args r)
+{
+    extern __shared__ float scores[];
+    const struct hstu_attention_args &a = r.a;
+    const uint32_t D = a.geometry.head_dim, hd = a.geometry.heads * D, head = blockIdx.y;
+    uint32_t row = blockIdx.x, b = 0;
+    while (b + 1 < r.count && row >= a.batch.row_start[b + 1])
+        b++;
+    uint32_t cached = a.batch.cached[b], history = a.batch.history[b];
+    uint32_t query = cached + row - a.batch.row_start[b], keys = query + 1;
+    const __nv_bfloat16 *q =
+        (const __nv_bfloat16 *)a.m + (uint64_t)row * 4 * hd + 2 * hd + head * D;
+    float scale = 1 / sqrtf((float)D);
+    for (uint32_t key = threadIdx.x / 32; key < keys; key += blockDim.x / 32) {
+        float sum = 0;
+        if (allowed(query, key, history, a.group)) {
+            const __nv_bfloat16 *k = key_or_value(a, b, cached, key, 0, head);
+            for (uint32_t d = threadIdx.x % 32; d < D; d += 32)
+                sum += __bfloat162float(q[d]) * __bfloat162float(k[d]);
+        }
+        for (uint32_t i = 16; i; i /= 2)
+            sum += __shfl_xor_sync(~0u, sum, i);
+        if (threadIdx.x % 32 == 0)
+            scores[key] = sum * scale;
+    }
+    __syncthreads();
+    __shared__ float largest[256];
+    float exact = 0, rounded = 0, magnitude = 0;
+    if (threadIdx.x < D)
+        for (uint32_t key = 0; key < keys; key++) {
+            if (!allowed(query, key, history, a.group))
+                continue;
+            float v = __bfloat162float(key_or_value(a, b, cached, key, 1, head)[threadIdx.x]);
+            float s = scores[key], p = s / (1 + expf(-s));
+            exact += p * v;
+            rounded += __bfloat162float(__float2bfloat16(p)) * v;
+            magnitude += fabsf(s * v);
+        }
+    largest[threadIdx.x] = magnitude;
+    __syncthreads();
+    for (uint32_t i = blockDim.x / 2; i; i /= 2) {
+        if (threadIdx.x < i)
+            largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + i]);
+        __syncthreads();
+    }
+    if (threadIdx.x < D) {
+        uint64_t at = (uint64_t)row * hd + head * D + threadIdx.x;
+        r.exact[at] = exact * a.inverse_n;
+        r.rounded[at] = __bfloat162float(__float2bfloat16(rounded * a.inverse_n));
+    }
+    if (threadIdx.x == 0)
+        r.magnitude[(uint64_t)row * a.geometry.heads + head] = largest[0] * a.inverse_n / 2;
+}
+
+/* out = sum of a row's slices / N, in slice order, as the norm kernel does it. */
+__global__ void sum_slices(const struct hstu_attention_args a, float *out, uint32_t used_rows)
+{
+    uint64_t hd = (uint64_t)a.geometry.heads * a.geometry.head_dim;
+    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < used_rows * hd;
+         i += (uint64_t)gridDim.x * blockDim.x) {
+        float sum = 0;
+        for (uint32_t k = 0; k < a.batch.slices[i / hd]; k++)
+            sum += a.partial[k * a.rows * hd + i];
+        out[i] = sum * a.inverse_n;
+    }
+}
+
+static float *run(struct problem *p)
+{
+    uint64_t hd = (uint64_t)p->geometry.heads * p->geometry.head_dim;
+    float *out = (float *)device_alloc(p->used_rows * hd * sizeof(float));
+    CHECK(cudaMemset(p->args.partial, 0xff, p->max_slices * p->rows * hd * sizeof(float)));
+    CHECK(cudaMemset(p->args.batch.next, 0, SKV_MAX_LAYERS * sizeof(uint32_t)));
+    launch(p, 0);
+    sum_slices<<<1024, 256>>>(p->args, out, p->used_rows);
+    CHECK(cudaDeviceSynchronize());
+    float *host = (float *)malloc(p->used_rows * hd * sizeof(float));
+    CHECK(cudaMemcpy(host, out, p->used_rows * hd * sizeof(float), cudaMemcpyDeviceToHost));
+    CHECK(cudaFree(out));
+    return host;
+}
+
+static void run_reference(struct problem *p, float **exact, float **rounded, float *magnitude)
+{
+    uint32_t heads = p->geometry.heads;
+    uint64_t n = (uint64_t)p->used_rows * heads * p->geometry.head_dim, longest = 1;
+    for (uint32_t b = 0; b < p->count; b++) {
+        uint64_t keys = p->sequence[b].history + p->sequence[b].targets;
+        longest = keys > longest ? keys : longest;
+    }
+    struct reference_args r = {p->args, p->count};
+    r.exact = (float *)device_alloc(n * sizeof(float));
+    r.rounded = (float *)device_alloc(n * sizeof(float));
+    r.magnitude = (float *)device_alloc((uint64_t)p->used_rows * heads * sizeof(float));
+    CHECK(cudaFuncSetAttribute(reference, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 << 10));
+    if (p->used_rows)
+        reference<<<dim3(p->used_rows, heads), 256, longest * sizeof(float)>>>(r);
+    CHECK(cudaDeviceSynchronize());
+    *exact = (float *)malloc(n * sizeof(float));
+    *rounded = (float *)malloc(n * sizeof(float));
+    float *all = (float *)malloc((uint64_t)p->used_rows * heads * sizeof(float));
+    CHECK(cudaMemcpy(*exact, r.exact, n * sizeof(float), cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(*rounded, r.rounded, n * sizeof(float), cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(all, r.magnitude, (uint64_t)p->used_rows * heads * sizeof(float),
+                     cudaMemcpyDeviceToHost));
+    *magnitude = 0;
+    for (uint64_t i = 0; i < (uint64_t)p->used_rows * heads; i++)
+        *magnitude = all[i] > *magnitude ? all[i] : *magnitude;
+    free(all);
+    CHECK(cudaFree(r.exact));
+    CHECK(cudaFree(r.rounded));
+    CHECK(cudaFree(r.magnitude));
+}
+
+/* ---- checks ---- */
+
+static int failures, checks;
+
+static void report(bool good, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void report(bool good, const char *format, ...)
+{
+    checks++;
+    failures += !good;
+    if (good && checks % 16 != 1)
+        return; /* every failure, and a sample of what passed */
+    va_list arguments;
+    va_start(arguments, format);
+    printf("%s ", good ? "ok  " : "FAIL");
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+}
+
+struct difference {
+    double largest, mean;
+    uint64_t nan, worst;
+};
+
+static struct difference compare(const float *a, const float *b, uint64_t n)
+{
+    struct difference d = {0, 0, 0, 0};
+    for (uint64_t i = 0; i < n; i++) {
+        double e = fabs((double)a[i] - b[i]);
+        if (!(e == e)) {
+            if (!d.nan++)
+                d.worst = i;
+            continue;
+        }
+        d.mean += e / n;
+        if (e > d.largest) {
+            d.largest = e;
+            if (!d.nan)
+                d.worst = i;
+        }
+    }
+    return d;
+}
+
+/* hstu.md's tolerance. */
+static bool check_problem(struct problem *p, const char *name)
+{
+    float *exact, *rounded, magnitude, *out = run(p);
+    run_reference(p, &exact, &rounded, &magnitude);
+    uint64_t hd = (uint64_t)p->geometry.heads * p->geometry.head_dim, n = p->used_rows * hd;
+    struct difference ours = compare(out, exact, n), theirs = compare(rounded, exact, n);
+    double slack = magnitude / 2048;
+    bool good = !ours.nan && !theirs.nan && ours.largest <= 2 * theirs.largest + slack &&
+                ours.mean <= 2 * theirs.mean + slack;
+    const struct hstu_sequence *q = &p->sequence[0];
+    report(good,
+           "%s: batch %u, h %u c %u T %u, D %u S %u g %u, %u items: max %.3g (R16 %.3g) mean %.3g "
+           "(%.3g) slack %.3g, NaN %llu, worst row %llu column %llu",
+           name, p->count, q->history, q->cached, q->targets, p->geometry.head_dim,
+           p->geometry.page_tokens, p->group, p->items, ours.largest, theirs.largest, ours.mean,
+           theirs.mean, slack, (unsigned long long)ours.nan, (unsigned long long)(ours.worst / hd),
+           (unsigned long long)(ours.worst % hd));
+    free(out);
+    free(exact);
+    free(rounded);
+    return good;
+}
+
+static struct problem make(const struct hstu_attention_path *path, uint32_t head_dim, uint32_t page,
+                           uint32_t heads, uint32_t group)
+{
+    struct problem p;
+    memset(&p, 0, sizeof p);
+    p.path = path;
+    p.geometry.layers = LAYERS;
+    p.geometry.heads = heads;
+    p.geometry.head_dim = head_dim;
+    p.geometry.page_tokens = page;
+    p.group = group;
+    p.layer = 1;
+    p.inverse_n = 1.0f / 512;
+    return p;
+}
+
+static void add(struct problem *p, uint32_t history, uint32_t cached, uint32_t targets)
+{
+    struct hstu_sequence *q = &p->sequence[p->count++];
+    memset(q, 0, sizeof *q);
+    q->history = history;
+    q->cached = cached;
+    q->targets = targets;
+}
+
+static float gen(uint32_t a, uint32_t b, uint32_t c, uint32_t salt)
+{
+    return ((131 * a + 37 * b + 17 * c + 7919 * salt) % 1009) * 2 / 1008.0 - 1;
+}
+
+/* Golden case A' of hstu.md: two sequences, H 2, S 32, N 64. */
+static void check_golden(const struct hstu_attention_path *path, uint32_t D, uint32_t group)
+{
+    static const struct golden {
+        uint32_t D, group;
+        double sum0, sum1, b0[4], b1[4];
+    } table[] = {
+        {64,
+         1,
+         1299.726215634,
+         88.747186597,
+         {1.289679877, -.652218514, 1.695531440, .688580442},
+         {-.017543951, .000462352, -.078950315, -.233237007}},
+        {64,
+         2,
+         1299.727309728,
+         88.754704069,
+         {1.289679877, -.652218514, 1.695531440, .688580442},
+         {-.017543951, .000462352, -.078950315, -.234320069}},
+        {128,
+         1,
+         3676.284050418,
+         256.996913737,
+         {2.021179422, -.621524329, 2.555308518, .909204262},
+         {-.026395070, .000699628, -.108575461, -.305424107}},
+        {128,
+         2,
+         3676.284285564,
+         256.999533524,
+         {2.021179422, -.621524329, 2.555308518, .909204262},
+         {-.026395070, .000699628, -.108575461, -.305722327}},
+        {256,
+         1,
+         10342.698323058,
+         741.201261626,
+         {2.855279865, -.755849006, 3.754849523, 1.302396644},
+         {-.042886167, .001016029, -.145347914, -.428225658}},
+        {256,
+         2,
+         10342.698614989,
+         741.201669080,
+         {2.855279865, -.755849006, 3.754849523, 1.302396644},
+         {-.042886167, .001016029, -.145347914, -.428258365}},
+    };
+    const struct golden *want = NULL;
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        if (table[i].D == D && table[i].group == group)
+            want = &table[i];
+    struct problem p = make(path, D, 32, 2, group);
+    p.inverse_n = 1.0f / 64;
+    add(&p, 47, 40, 3);
+    add(&p, 5, 0, 4);
+    build(&p, 5, 1, 7, 1, 0);
+    uint32_t wide = 8 * D;
+    __nv_bfloat16 *m = (__nv_bfloat16 *)malloc((uint64_t)p.used_rows * wide * 2);
+    uint64_t slice = 2 * 2 * 32 * (uint64_t)D, page_elements = LAYERS * slice;
+    __nv_bfloat16 *pool = (__nv_bfloat16 *)malloc(p.pool_pages * page_elements * 2);
+    CHECK(cudaMemcpy(pool, p.args.pool, p.pool_pages * page_elements * 2, cudaMemcpyDeviceToHost));
+    for (uint32_t b = 0; b < 2; b++) {
+        const struct hstu_sequence *q = &p.sequence[b];
+        for (uint32_t t = 0; t < q->history + q->targets; t++)
+            for (uint32_t head = 0; head < 2; head++)
+                for (uint32_t d = 0; d < D; d++) {
+                    __nv_bfloat16 x[3];
+                    for (uint32_t i = 0; i < 3; i++)
+                        x[i] =
+                            __float2bfloat16((i == 0 ? 8 : 1) * gen(t, head, d, 100 * b + 1 + i));
+                    if (t >= q->cached) {
+                        __nv_bfloat16 *row = m + (uint64_t)(p.row_start[b] + t - q->cached) * wide;
+                        for (uint32_t i = 0; i < 3; i++) /* u | v | q | k */
+                            row[(i == 0 ? 2 : i == 1 ? 3 : 1) * 2 * D + head * D + d] = x[i];
+                    } else {
+                        uint64_t page = p.page[p.page_start[b] + t / 32];
+                        __nv_bfloat16 *at = pool + page * page_elements + p.layer * slice;
+                        for (uint32_t kv = 0; kv < 2; kv++)
+                            at[((kv * 2 + head) * 32 + t % 32) * (uint64_t)D + d] = x[1 + kv];
+                    }
+                }
+    }
+    CHECK(
+        cudaMemcpy((void *)p.args.m, m, (uint64_t)p.used_rows * wide * 2, cudaMemcpyHostToDevice));
+    CHECK(cudaMemcpy((void *)p.args.pool, pool, p.pool_pages * page_elements * 2,
+                     cudaMemcpyHostToDevice));
+    float *exact, *rounded, magnitude, *out = run(&p);
+    run_reference(&p, &exact, &rounded, &magnitude);
+    double error[2] = {0, 0}; /* of the reference, of the kernel, relative to the sum of abs */
+    const float *both[2] = {exact, out};
+    static const uint32_t places[2][4][3] = {{{0, 0, 0}, {0, 1, 5}, {7, 0, 0}, {9, 1, 31}},
+                                             {{0, 0, 0}, {0, 1, 5}, {5, 0, 0}, {8, 1, 31}}};
+    for (uint32_t i = 0; i < 2; i++)
+        for (uint32_t b = 0; b < 2; b++) {
+            double sum = 0, expected = b ? want->sum1 : want->sum0;
+            uint64_t begin = (uint64_t)p.row_start[b] * 2 * D,
+                     end = (uint64_t)p.row_start[b + 1] * 2 * D;
+            for (uint64_t j = begin; j < end; j++)
+                sum += fabs(both[i][j]);
+            error[i] = fmax(error[i], fabs(sum / expected - 1));
+            for (uint32_t k = 0; k < 4; k++) {
+                const uint32_t *at = places[b][k];
+                double x = both[i][begin + (uint64_t)at[0] * 2 * D + at[1] * D + at[2]];
+                error[i] = fmax(error[i], fabs(x - (b ? want->b1 : want->b0)[k]) /
+                                              (expected / (end - begin)));
+            }
+        }
+    report(error[0] < 1e-4 && error[1] < 2e-2,
+           "golden A' D %u g %u: reference off by %.2g, kernel by %.2g of the mean", D, group,
+           error[0], error[1]);
+    check_problem(&p, "golden A'");
+    free(m);
+    free(pool);
+    free(exact);
+    free(rounded);
+    free(out);
+    clear(&p);
+}
+
+/* Bitwise: physical pages permuted; a batch mate made NaN (its pages too: its rows are enough). */
+static void check_bitwise(const struct hstu_attention_path *path, uint32_t D, uint32_t page)
+{
+    struct problem p = make(path, D, page, 2, 1);
+    add(&p, 700, 467, 37);
+    add(&p, 900, 640, 100);
+    add(&p, 333, 300, 11);
+    build(&p, 70, 1, 3, 2, 0);
+    uint64_t hd = 2 * (uint64_t)D, n = p.used_rows * hd;
+    float *first = run(&p), *again = run(&p);
+    report(memcmp(first, again, n * sizeof(float)) == 0, "D %u S %u: two runs, bitwise", D, page);
+    free(again);
+    /* The same tokens in other pages. */
+    struct problem moved = make(path, D, page, 2, 1);
+    for (uint32_t b = 0; b < p.count; b++)
+        add(&moved, p.sequence[b].history, p.sequence[b].cached, p.sequence[b].targets);
+    build(&moved, 70, 99, 3, 2, 0);
+    uint64_t bytes = skv_page_bytes(&p.geometry);
+    for (uint32_t i = 0; i < p.pages; i++)
+        CHECK(cudaMemcpy((char *)moved.args.pool + moved.page[i] * bytes,
+                         (const char *)p.args.pool + p.page[i] * bytes, bytes,
+                         cudaMemcpyDeviceToDevice));
+    again = run(&moved);
+    report(memcmp(first, again, n * sizeof(float)) == 0, "D %u S %u: pages permuted, bitwise", D,
+           page);
+    free(again);
+    clear(&moved);
+    /* Sequence 1 all NaN: 0 and 2 keep every bit. */
+    uint64_t row = 4 * hd * 2, rows = p.row_start[2] - p.row_start[1];
+    CHECK(cudaMemset((char *)p.args.m + p.row_start[1] * row, 0xff, rows * row));
+    again = run(&p);
+    uint64_t cut1 = p.row_start[1] * hd, cut2 = p.row_start[2] * hd;
+    report(memcmp(first, again, cut1 * sizeof(float)) == 0 &&
+               memcmp(first + cut2, again + cut2, (n - cut2) * sizeof(float)) == 0,
+           "D %u S %u: a batch mate of NaN, bitwise", D, page);
+    free(again);
+    free(first);
+    clear(&p);
+}
+
+static int check_all(const struct hstu_attention_path *path)
+{
+    static const uint32_t dims[] = {256, 128, 64}, sizes[] = {32, 64, 128, 16};
+    for (uint32_t i = 0; i < 3; i++)
+        for (uint32_t g = 1; g <= 2; g++)
+            check_golden(path, dims[i], g);
+    for (uint32_t i = 0; i < 3; i++)
+        for (uint32_t j = 0; j < 4; j++) {
+            uint32_t D = dims[i], S = sizes[j];
+            for (uint32_t g = 1; g <= 3; g++) {
+                /* c mod S in {0, 1, S - 1}; n, T, h at 37 and 1111; nothing cached, new, asked. */
+                struct problem p = make(path, D, S, 3, g);
+                add(&p, 1111, 1111 - 37, 37);
+                add(&p, 37, 0, 1111);
+                add(&p, 8 * S + 200, 8 * S, 5);
+                add(&p, 8 * S + 200, 7 * S + 1, 130);
+                add(&p, 8 * S + 200, 9 * S - 1 < 8 * S + 200 ? 9 * S - 1 : 3 * S - 1, 64);
+                add(&p, 300, 300, 70);
+                add(&p, 1111, 0, 0);
+                add(&p, 0, 0, 37);
+                add(&p, 640, 513, 0);
+                add(&p, 1, 0, 1);
+                build(&p, 41, i * 7 + j + g, 17 * i + 5 * j + g, 3, 0);
+                check_problem(&p, "many shapes");
+                clear(&p);
+            }
+            check_bitwise(path, D, S);
+        }
+    static const float ranges[][2] = {{1, 0}, {0.2f, 1.2f}, {8, 0}};
+    for (uint32_t i = 0; i < 3; i++)
+        for (uint32_t j = 0; j < 3; j++) { /* small, all positive, large mixed scores */
+            struct problem p = make(path, dims[i], 32, 2, 1);
+            add(&p, 700, 0, 50);
+            build(&p, 0, 5, 100 + j, ranges[j][0], ranges[j][1]);
+            check_problem(&p, "score range");
+            clear(&p);
+        }
+    printf("%d checks of path %s, %d failures\n", checks, path->name, failures);
+    return failures != 0;
+}
+
+/* ---- timing ---- */
+
+static int by_value(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Pairs that the mask allows. */
+static double allowed_pairs(const struct problem *p)
+{
+    double pairs = 0;
+    for (uint32_t b = 0; b < p->count; b++) {
+        const struct hstu_sequence *q = &p->sequence[b];
+        double n = q->history - q->cached;
+        pairs += n * q->cached + n * (n + 1) / 2;
+        for (uint32_t t = 0; t < q->targets; t++)
+            pairs += q->history + t % p->group + 1;
+    }
+    return pairs * p->geometry.heads;
+}
+
+static void bench(const struct hstu_attention_path *path, const struct options *o, double seconds)
+{
+    struct problem p = make(path, o->head_dim, o->page, o->heads, o->group);
+    for (uint32_t b = 0; b < o->batch; b++)
+        add(&p, o->history, o->history - o->fresh, o->candidates);
+    /* Enough layers that one comes back from memory, not from the L2; at most 8. */
+    p.geometry.layers = 8;
+    build(&p, 0, 1, 1, 1, 0);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    CHECK(cudaMemsetAsync(p.args.batch.next, 0, SKV_MAX_LAYERS * sizeof(uint32_t), stream));
+    for (uint32_t l = 0; l < p.geometry.layers; l++) {
+        p.args.layer = l;
+        launch(&p, stream);
+    }
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    cudaEvent_t begin, end;
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+    enum { MOST = 4096 };
+    static float times[MOST];
+    int count = 0;
+    float total = 0;
+    for (int i = 0; i < MOST && (total < seconds * 1e3f || i < 8); i++) {
+        CHECK(cudaEventRecord(begin, stream));
+        CHECK(cudaGraphLaunch(exec, stream));
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaEventSynchronize(end));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, begin, end));
+        total += ms;
+        if (i >= 3)
+            times[count++] = ms / p.geometry.layers;
+    }
+    qsort(times, count, sizeof *times, by_value);
+    float median = times[count / 2];
+    double flops = allowed_pairs(&p) * 4 * o->head_dim;
+    printf("%s batch %u history %u new %u candidates %u D %u S %u g %u: %u items, %u slices, %.4f "
+           "ms (p90 %.4f), %.1f TFLOP/s of 600\n",
+           path->name, o->batch, o->history, o->fresh, o->candidates, o->head_dim, o->page,
+           o->group, p.items, p.max_slices, median, times[count * 9 / 10], flops / median * 1e-9);
+    CHECK(cudaGraphExecDestroy(exec));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(end));
+    CHECK(cudaStreamDestroy(stream));
+    clear(&p);
+}
+
+static uint32_t number(const char *text)
+{
+    return (uint32_t)strtoul(text, NULL, 10);
+}
+
+int main(int argc, char **argv)
+{
+    struct options o = {8, 4096, 4096, 256, 256, 32, 4, 1};
+    const struct hstu_attention_path *path = &hstu_attention_sm90;
+    bool want_check = false, want_bench = false, shape = false;
+    double seconds = 0.25;
+    for (int i = 1; i < argc; i++) {
+        const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
+        static const char *const names[] = {"--batch",      "--history", "--new",
+                                            "--candidates", "--pairs",   "--head-dim",
+                                            "--page",       "--heads",   "--group"};
+        uint32_t *const fields[] = {&o.batch,    &o.history, &o.fresh, &o.candidates, &pair_heads,
+                                    &o.head_dim, &o.page,    &o.heads, &o.group};
+        bool known = false;
+        for (size_t k = 0; k < sizeof names / sizeof *names; k++)
+            if (strcmp(name, names[k]) == 0) {
+                *fields[k] = number(value);
+                known = true;
+                shape |= fields[k] != &pair_heads;
+                i++;
+            }
+        if (known)
+            continue;
+        if (strcmp(name, "--check") == 0) {
+            want_check = true;
+        } else if (strcmp(name, "--bench") == 0) {
+            want_bench = true;
+        } else if (strcmp(name, "--seconds") == 0) {
+            seconds = atof(value);
+            i++;
+        } else {
+            fprintf(stderr, "bench_attention: what is %s? See the head of bench_attention.cu\n",
+                    name);
+            return 2;
+        }
+    }
+    struct cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess || properties.major != 9) {
+        printf("SKIPPED: no GPU of compute capability 9.0\n");
+        return 0;
+    }
+    printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    int status = 0;
+    if (want_check && shape) {
+        struct problem p = make(path, o.head_dim, o.page, o.heads, o.group);
+        for (uint32_t b = 0; b < o.batch; b++)
+            add(&p, o.history, o.history - o.fresh, o.candidates);
+        build(&p, 3, 1, 1, 1, 0);
+        check_problem(&p, "one shape");
+        clear(&p);
+        printf("%d failures\n", failures);
+        status = failures != 0;
+    } else if (want_check) {
+        status = check_all(path);
+    }
+    if (want_bench && shape) {
+        bench(path, &o, seconds);
+    } else if (want_bench) {
+        static const uint32_t shapes[][5] = {
+            {8, 4096, 4096, 256, 256}, {8, 1024, 1024, 256, 256}, {1, 4096, 4096, 256, 256},
+            {8, 4096, 128, 256, 256},  {4, 4096, 128, 256, 256},  {2, 4096, 128, 256, 256},
+            {1, 4096, 128, 256, 256},  {1, 2048, 128, 256, 256},  {1, 1024, 128, 256, 256},
+            {1, 128, 128, 256, 256},   {8, 4096, 4096, 256, 128}, {8, 4096, 4096, 256, 64}};
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            struct options s = o;
+            s.batch = shapes[i][0];
+            s.history = shapes[i][1];
+            s.fresh = shapes[i][2];
+            s.candidates = shapes[i][3];
+            s.head_dim = shapes[i][4];
+            bench(path, &s, seconds);
+        }
+    }
+    return status;
+}

@@ -1,0 +1,463 @@
+/* sidekv-keeper: the parent of sidekvd. Holds what must outlive it (the pool's memory, the page
+ * descriptors, the session table, its workers' pidfds) as plain file descriptors, starts it anew
+ * when it dies, and gives them to the new one. It maps nothing, has no CUDA context, and does not
+ * look into what it holds.
+ *
+ * When sidekvd ends:   status 0, or after a SIGTERM that was passed on: the keeper ends with it
+ *                      KEEPER_RESTART (planned restart): started anew at once
+ *                      a failed first start (it never served): the keeper ends with its status
+ *                      anything else: started anew, at once, with growing pauses when it does not
+ *                      live for a second
+ * When the keeper dies: sidekvd notices and goes on without one (see kept.c). Under systemd the
+ * keeper has the manager hold copies of all that it holds (FDSTORE), and of sidekvd's pidfd:
+ * sidekvd then ends, and the keeper that systemd starts next kills what is left of it, takes the
+ * copies back, and goes on. */
+#include "keeper.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "clock.h"
+#include "failpoint.h"
+#include "fdpass.h"
+#include "log.h"
+#include "notify.h"
+
+#define SHORT_LIFE_NS UINT64_C(1000000000)
+#define PAUSE_MS      50u /* after a second short life in a row; doubles up to */
+#define PAUSE_MAX_MS  5000u
+#define GIVE_S        10 /* whoever does not take its fds, or does not die, is given up */
+
+static struct {
+    int pool[KEEPER_FDS];
+    uint32_t extents;
+    uint64_t extent_bytes;
+    int table, sessions;
+    bool whole;
+    struct {
+        uint64_t id;
+        int pidfd;
+    } workers[KEEPER_SESSIONS];
+    uint32_t worker_count;
+} held = {.table = -1, .sessions = -1};
+
+static bool stopping;    /* SIGTERM or SIGINT came */
+static int manager = -1; /* systemd, which holds copies; -1: there is none */
+
+/* ---- the copies ---- */
+
+/* What a copy is called. Of a pool's extent: its index and the size of all. */
+#define POOL_NAME     "pool-%u-%llu"
+#define TABLE_NAME    "table"
+#define SESSIONS_NAME "sessions"
+#define WORKER_NAME   "worker-%llu"
+#define DAEMON_NAME   "sidekvd"
+
+__attribute__((format(printf, 2, 3))) static void copy(int fd, const char *format, ...)
+{
+    char name[64];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof name, format, arguments);
+    va_end(arguments);
+    if (manager >= 0 &&
+        (fd >= 0 ? skv_notify_store(manager, name, fd) : skv_notify_drop(manager, name)))
+        skv_error("the service manager does not take %s: %s", name, strerror(errno));
+}
+
+static void drop(int *fd, const char *name)
+{
+    if (*fd < 0)
+        return;
+    copy(-1, "%s", name);
+    close(*fd);
+    *fd = -1;
+}
+
+/* The tables' copies go first and come last: where both are there, the pool is whole. */
+static void drop_all(void)
+{
+    held.whole = false;
+    drop(&held.sessions, SESSIONS_NAME);
+    drop(&held.table, TABLE_NAME);
+    while (held.extents) {
+        close(held.pool[--held.extents]);
+        copy(-1, POOL_NAME, held.extents, (unsigned long long)held.extent_bytes);
+    }
+    while (held.worker_count) {
+        close(held.workers[--held.worker_count].pidfd);
+        copy(-1, WORKER_NAME, (unsigned long long)held.workers[held.worker_count].id);
+    }
+}
+
+/* What an earlier keeper's daemon may still do to the pool ends here. */
+static bool end_daemon(int pidfd)
+{
+    syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
+    struct pollfd gone = {.fd = pidfd, .events = POLLIN};
+    bool ended = poll(&gone, 1, GIVE_S * 1000) == 1;
+    if (!ended)
+        skv_error("the earlier keeper's sidekvd does not die: its pool is not used again");
+    copy(-1, DAEMON_NAME);
+    close(pidfd);
+    return ended;
+}
+
+static int earlier_daemon = -1;
+
+/* A copy that an earlier keeper left. */
+static void take_back(const char *name, int fd)
+{
+    unsigned index;
+    unsigned long long number;
+    int *at = NULL;
+    if (sscanf(name, POOL_NAME, &index, &number) == 2 && index < KEEPER_FDS) {
+        while (held.extents <= index)
+            held.pool[held.extents++] = -1;
+        held.extent_bytes = number;
+        at = &held.pool[index];
+    } else if (sscanf(name, WORKER_NAME, &number) == 1 && held.worker_count < KEEPER_SESSIONS) {
+        held.workers[held.worker_count].id = number;
+        at = &held.workers[held.worker_count].pidfd;
+        *at = -1;
+        held.worker_count++;
+    } else if (strcmp(name, TABLE_NAME) == 0) {
+        at = &held.table;
+    } else if (strcmp(name, SESSIONS_NAME) == 0) {
+        at = &held.sessions;
+    } else if (strcmp(name, DAEMON_NAME) == 0) {
+        at = &earlier_daemon;
+    }
+    if (at && *at < 0)
+        *at = fd;
+    else
+        close(fd); /* not ours, or twice */
+}
+
+static void take_all_back(void)
+{
+    skv_notify_stored(take_back);
+    bool ended = earlier_daemon < 0 || end_daemon(earlier_daemon);
+    held.whole = ended && held.extents && held.table >= 0 && held.sessions >= 0;
+    for (uint32_t i = 0; i < held.extents; i++)
+        held.whole = held.whole && held.pool[i] >= 0;
+    if (held.whole)
+        skv_info("an earlier keeper left %u extents and %u workers", held.extents,
+                 held.worker_count);
+    else
+        drop_all();
+}
+
+/* ---- what the daemon says ---- */
+
+static void forget_worker(uint64_t id)
+{
+    for (uint32_t i = 0; i < held.worker_count; i++)
+        if (held.workers[i].id == id) {
+            copy(-1, WORKER_NAME, (unsigned long long)id);
+            close(held.workers[i].pidfd);
+            held.workers[i] = held.workers[--held.worker_count];
+            return;
+        }
+}
+
+/* Takes a message's fds into what is held; those it has no use for are closed. */
+static void hold(const struct keeper_message *m, int *fds, uint32_t count)
+{
+    uint32_t taken = 0;
+    switch (m->kind) {
+    case KEEPER_FRESH:
+        drop_all();
+        break;
+    case KEEPER_POOL:
+        held.extent_bytes = m->extent_bytes;
+        while (taken < count && held.extents < KEEPER_FDS) {
+            copy(fds[taken], POOL_NAME, held.extents, (unsigned long long)m->extent_bytes);
+            held.pool[held.extents++] = fds[taken++];
+        }
+        skv_failpoint(FAIL_keeper_part);
+        break;
+    case KEEPER_TABLE:
+    case KEEPER_SESSION_TABLE:
+        if (count) {
+            bool table = m->kind == KEEPER_TABLE;
+            const char *name = table ? TABLE_NAME : SESSIONS_NAME;
+            int *at = table ? &held.table : &held.sessions;
+            drop(at, name);
+            copy(*at = fds[taken++], "%s", name);
+        }
+        break;
+    case KEEPER_WHOLE:
+        skv_failpoint(FAIL_keeper_unwhole);
+        held.whole = held.extents && held.table >= 0 && held.sessions >= 0;
+        break;
+    case KEEPER_WORKER:
+        if (count && held.worker_count < KEEPER_SESSIONS) {
+            held.workers[held.worker_count].id = m->id;
+            copy(fds[taken], WORKER_NAME, (unsigned long long)m->id);
+            held.workers[held.worker_count++].pidfd = fds[taken++];
+        }
+        skv_failpoint(FAIL_keeper_pidfd);
+        break;
+    case KEEPER_GONE:
+        forget_worker(m->id);
+        break;
+    }
+    while (taken < count)
+        close(fds[taken++]);
+}
+
+/* All that has come. false: the daemon's end is closed. */
+static bool listen_to(int socket)
+{
+    for (;;) {
+        struct keeper_message m;
+        int fds[SKV_FDS_PER_MESSAGE];
+        uint32_t count;
+        ssize_t got = skv_receive_fds(socket, &m, sizeof m, fds, &count, MSG_DONTWAIT);
+        if (got < 0 && errno == EAGAIN)
+            return true;
+        if (got == sizeof m && m.magic == KEEPER_MAGIC) {
+            hold(&m, fds, count);
+            continue;
+        }
+        while (count)
+            close(fds[--count]);
+        if (got <= 0 && errno != EPROTO)
+            return false;
+        skv_error("a message that is not sidekvd's, or that lost its fds: nothing is kept from now "
+                  "on");
+        drop_all(); /* until a daemon starts afresh */
+        if (got == 0)
+            return false;
+    }
+}
+
+/* ---- starting it ---- */
+
+static int say(int socket, enum keeper_kind kind, uint64_t id, const int *fds, uint32_t count)
+{
+    struct keeper_message m = {
+        .magic = KEEPER_MAGIC, .kind = kind, .id = id, .extent_bytes = held.extent_bytes};
+    return skv_send_fds(socket, &m, sizeof m, fds, count, 0);
+}
+
+/* Gives the new daemon what is held; it keeps being held. */
+static void give(int socket)
+{
+    if (!held.whole)
+        drop_all();
+    int failed = 0;
+    for (uint32_t i = 0; i < held.extents && !failed; i += SKV_FDS_PER_MESSAGE) {
+        uint32_t left = held.extents - i;
+        failed = say(socket, KEEPER_POOL, i, held.pool + i,
+                     left < SKV_FDS_PER_MESSAGE ? left : SKV_FDS_PER_MESSAGE);
+        skv_failpoint(FAIL_keeper_giving);
+    }
+    if (held.whole && !failed)
+        failed = say(socket, KEEPER_TABLE, 0, &held.table, 1) ||
+                 say(socket, KEEPER_SESSION_TABLE, 0, &held.sessions, 1);
+    for (uint32_t i = 0; i < held.worker_count && !failed; i++)
+        failed = say(socket, KEEPER_WORKER, held.workers[i].id, &held.workers[i].pidfd, 1);
+    if (!failed)
+        failed = say(socket, KEEPER_END, manager >= 0 ? KEEPER_SUCCEEDED : 0, NULL, 0);
+    if (failed)
+        skv_error("the new sidekvd did not take what was kept: %s", strerror(errno));
+}
+
+/* sidekvd beside this program, else the one in PATH. */
+static void run(char **argv)
+{
+    char path[4096];
+    ssize_t length = readlink("/proc/self/exe", path, sizeof path - sizeof "sidekvd");
+    char *slash = NULL;
+    if (length > 0) {
+        path[length] = '\0';
+        slash = strrchr(path, '/');
+    }
+    argv[0] = "sidekvd";
+    if (slash) {
+        strcpy(slash + 1, "sidekvd");
+        execv(path, argv);
+    }
+    execvp("sidekvd", argv);
+    skv_error("sidekvd: neither beside this program nor in PATH: %s", strerror(errno));
+    _exit(127);
+}
+
+/* Starts it; *socket is our end. Returns its pid, or -1. */
+static pid_t start(char **argv, const sigset_t *signals, int *socket)
+{
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+        skv_error("socketpair: %s", strerror(errno));
+        return -1;
+    }
+    pid_t pid = fork();
+    if (pid == 0) {
+        char number[16];
+        int fd = dup(pair[1]); /* not close-on-exec */
+        snprintf(number, sizeof number, "%d", fd);
+        setenv(KEEPER_FD, number, 1);
+        setpgid(0, 0); /* a terminal's Ctrl-C comes once: from us */
+        sigprocmask(SIG_UNBLOCK, signals, NULL);
+        run(argv);
+    }
+    close(pair[1]);
+    if (pid < 0) {
+        skv_error("fork: %s", strerror(errno));
+        close(pair[0]);
+        return -1;
+    }
+    int pidfd = manager >= 0 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
+    if (pidfd >= 0) { /* before it has anything of the pool */
+        copy(pidfd, DAEMON_NAME);
+        close(pidfd);
+    }
+    setsockopt(pair[0], SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = GIVE_S},
+               sizeof(struct timeval));
+    skv_failpoint(FAIL_keeper_started);
+    give(pair[0]);
+    *socket = pair[0];
+    return pid;
+}
+
+/* ---- watching it ---- */
+
+static void take_signals(int signals, pid_t pid)
+{
+    struct signalfd_siginfo info;
+    while (read(signals, &info, sizeof info) == sizeof info)
+        if (info.ssi_signo != SIGCHLD) {
+            stopping = true;
+            if (pid > 0)
+                kill(pid, (int)info.ssi_signo);
+        }
+}
+
+/* Until it has ended and been reaped. Returns its wait status. */
+static int watch(pid_t pid, int socket, int signals)
+{
+    bool listening = true;
+    int status;
+    for (;;) {
+        pid_t got = waitpid(pid, &status, WNOHANG);
+        if (got == pid || (got < 0 && errno == ECHILD))
+            break;
+        struct pollfd fds[2] = {{.fd = signals, .events = POLLIN},
+                                {.fd = listening ? socket : -1, .events = POLLIN}};
+        if (poll(fds, 2, -1) < 0 && errno != EINTR)
+            skv_error("poll: %s", strerror(errno));
+        if (fds[0].revents)
+            take_signals(signals, pid);
+        if (fds[1].revents)
+            listening = listen_to(socket);
+    }
+    if (listening)
+        listen_to(socket); /* what it said last */
+    close(socket);
+    return status;
+}
+
+static const char *end_text(int status, char *out, size_t size)
+{
+    if (WIFSIGNALED(status))
+        snprintf(out, size, "signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
+    else
+        snprintf(out, size, "exit status %d", WEXITSTATUS(status));
+    return out;
+}
+
+/* Does the keeper end too? *code: with which status. */
+static bool is_over(int status, bool served, int *code)
+{
+    *code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    if (stopping || *code == 0)
+        return true;
+    return WIFEXITED(status) && *code != KEEPER_RESTART && !served;
+}
+
+static int keep(char **argv, const sigset_t *signals, int signal_fd)
+{
+    uint32_t short_lives = 0, pause_ms = 0;
+    bool served = false, hurry = getenv("SIDEKV_TEST_NO_PAUSE") != NULL; /* for tests */
+    for (;;) {
+        int socket, code;
+        uint64_t begin = skv_now_ns();
+        pid_t pid = start(argv, signals, &socket);
+        if (pid < 0)
+            return 1;
+        int status = watch(pid, socket, signal_fd);
+        copy(-1, DAEMON_NAME);
+        skv_failpoint(FAIL_keeper_reaped);
+        served = served || held.whole;
+        if (is_over(status, served, &code))
+            return code;
+        if (code == KEEPER_RESTART) {
+            skv_info("a planned restart: starting sidekvd anew, with %u extents and %u workers",
+                     held.whole ? held.extents : 0, held.worker_count);
+            continue;
+        }
+        short_lives = skv_now_ns() - begin < SHORT_LIFE_NS ? short_lives + 1 : 0;
+        pause_ms = short_lives < 2 || hurry ? 0 : pause_ms ? pause_ms * 2 : PAUSE_MS;
+        if (pause_ms > PAUSE_MAX_MS)
+            pause_ms = PAUSE_MAX_MS;
+        char text[64];
+        skv_error("sidekvd (pid %d) ended with %s: starting it anew%s; %u extents and %u workers "
+                  "are kept",
+                  (int)pid, end_text(status, text, sizeof text),
+                  pause_ms ? " after a pause, for it does not live long" : "",
+                  held.whole ? held.extents : 0, held.worker_count);
+        struct pollfd wait = {.fd = signal_fd, .events = POLLIN};
+        for (uint64_t until = skv_now_ns() + pause_ms * UINT64_C(1000000);
+             !stopping && skv_now_ns() < until;)
+            if (poll(&wait, 1, (int)((until - skv_now_ns()) / 1000000 + 1)) > 0)
+                take_signals(signal_fd, 0);
+        if (stopping)
+            return code;
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1 && strcmp(argv[1], "--help") == 0)
+        return puts("usage: sidekv-keeper [options of sidekvd]\n"
+                    "Runs sidekvd, keeps its pool when it dies, and starts it anew. "
+                    "`sidekvd --help` tells its options;\nsee sidekv-keeper(8).") < 0;
+    skv_log_init("sidekv-keeper", SKV_LOG_INFO);
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGCHLD);
+    sigprocmask(SIG_BLOCK, &signals, NULL);
+    int signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signal_fd < 0) {
+        skv_error("signalfd: %s", strerror(errno));
+        return 1;
+    }
+    manager = skv_notify_open();
+    if (manager >= 0)
+        setsockopt(manager, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = GIVE_S},
+                   sizeof(struct timeval));
+    take_all_back();
+    return keep(argv, &signals, signal_fd);
+}

@@ -1,0 +1,341 @@
+/* sidekvd: opens the device, the pool and the socket, has the store opened and read (arrival.c),
+ * and serves. */
+#include "daemon.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "clock.h"
+#include "failpoint.h"
+#include "log.h"
+#include "notify.h"
+#include "sigbus.h"
+
+#define PROTECT_EXTENTS 128u /* of a protected pool: several for each of many workers */
+#define PROTECT_FEW     16u  /* fewer are worth a warning */
+#define ARRIVAL_NS                                                                                 \
+    UINT64_C(50000000) /* a hot restart waits for its store: small ones are there, and no request  \
+                          is served without */
+
+/* Makes the directory that the path lies in, if it is missing: one level, as a runtime directory
+ * is. */
+static void make_parent(const char *path)
+{
+    char parent[4096];
+    snprintf(parent, sizeof parent, "%s", path);
+    char *slash = strrchr(parent, '/');
+    if (!slash || slash == parent)
+        return;
+    *slash = 0;
+    mkdir(parent, 0755); /* what is wrong with it, bind() or the store says */
+}
+
+/* An earlier daemon that is still ending holds its lock and memory for a moment. */
+static bool worth_waiting(uint64_t until_ns, const char *what)
+{
+    if (skv_now_ns() >= until_ns)
+        return false;
+    skv_info("waiting for an earlier daemon's %s", what);
+    usleep(200000);
+    return true;
+}
+
+/* Takes the socket's path for this daemon's life, by a lock beside it: whoever holds that may
+ * replace a stale socket. */
+static int claim(const char *path, uint64_t until_ns)
+{
+    char lock[4096];
+    make_parent(path);
+    snprintf(lock, sizeof lock, "%s.lock", path);
+    int fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0) {
+        skv_error("cannot make %s: %s; choose another --socket", lock, strerror(errno));
+        return SKV_EIO;
+    }
+    int taken;
+    while ((taken = flock(fd, LOCK_EX | LOCK_NB)) && worth_waiting(until_ns, "socket"))
+        ;
+    if (taken) {
+        skv_error("%s: another daemon listens there; stop it, or choose another --socket", path);
+        close(fd);
+        return SKV_EBUSY;
+    }
+    return SKV_OK; /* held until the process ends */
+}
+
+/* The last step of the start: who can connect is served. */
+static int listen_at(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path) {
+        skv_error("--socket %s: the path is longer than %zu bytes", path,
+                  sizeof address.sun_path - 1);
+        return SKV_EINVAL;
+    }
+    memcpy(address.sun_path, path, strlen(path));
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0) {
+        skv_error("socket: %s", strerror(errno));
+        return SKV_EIO;
+    }
+    struct stat old;
+    if (lstat(path, &old) == 0 && S_ISSOCK(old.st_mode))
+        unlink(path); /* an earlier daemon's: its lock is ours */
+    mode_t mask = umask(0177);
+    int failed = bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, 128);
+    umask(mask);
+    if (failed) {
+        skv_error("cannot listen at %s: %s; choose another --socket", path, strerror(errno));
+        close(fd);
+        return SKV_EIO;
+    }
+    return fd;
+}
+
+/* The descriptor table: a memfd that workers get read-only. *made: the same, writable, for the
+ * keeper; -1: it came from there. */
+static int make_table(struct daemon *daemon, uint64_t pages, int *made)
+{
+    *made = -1;
+    if (daemon->kept.adopted) {
+        char left[64];
+        snprintf(left, sizeof left, "/proc/self/fd/%d", daemon->kept.table_fd);
+        daemon->table_fd = open(left, O_RDONLY | O_CLOEXEC);
+        return daemon->table_fd < 0 ? SKV_EIO : SKV_OK;
+    }
+    daemon->table_bytes = sizeof *daemon->table + pages * sizeof *daemon->table->entries;
+    int fd = memfd_create("sidekv-pages", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || ftruncate(fd, (off_t)daemon->table_bytes) ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+        skv_error("page descriptors: %s", strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return SKV_ENOMEM;
+    }
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    daemon->table = mmap(NULL, daemon->table_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    daemon->table_fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (daemon->table == MAP_FAILED || daemon->table_fd < 0) {
+        skv_error("page descriptors: %s", strerror(errno));
+        close(fd);
+        return SKV_ENOMEM;
+    }
+    *made = fd;
+    return SKV_OK;
+}
+
+/* An earlier daemon's memory may take a moment to go away after it died: tries for --start-wait. */
+static int make_pool(struct daemon *daemon)
+{
+    struct options *o = &daemon->options;
+    const struct skv_device_info *device = skv_device_info(daemon->device);
+    if (skv_kept_take_pool(daemon) == SKV_OK)
+        return SKV_OK;
+    if (device->kind == SKV_DEVICE_HOST && o->pool_bytes > device->total_bytes) {
+        skv_error("--pool-bytes %llu is more than this machine's memory (%llu)",
+                  (unsigned long long)o->pool_bytes, (unsigned long long)device->total_bytes);
+        return SKV_ENOMEM;
+    }
+    for (;;) {
+        uint64_t page_bytes = skv_page_bytes(&o->geometry);
+        int status = o->protect ? skv_pool_create_split(daemon->device, o->pool_bytes, page_bytes,
+                                                        PROTECT_EXTENTS, &daemon->pool)
+                                : skv_pool_create(daemon->device, o->pool_bytes, page_bytes,
+                                                  o->export, &daemon->pool);
+        if (status != SKV_ENOMEM || !worth_waiting(daemon->start_by_ns, "memory"))
+            return status;
+    }
+}
+
+/* Before the device is opened: the store's check runs in a child process meanwhile. */
+static int claim_store(struct daemon *daemon)
+{
+    const struct options *o = &daemon->options;
+    if (!o->store)
+        return SKV_OK;
+    make_parent(o->store);
+    const struct skv_store_options options = {.path = o->store, .geometry = o->geometry};
+    int status;
+    while ((status = skv_store_claim(&options, &daemon->claimed)) == SKV_EBUSY &&
+           worth_waiting(daemon->start_by_ns, "store"))
+        ;
+    return status;
+}
+
+/* After a hot restart: the users whose pages are in the pool already. */
+static void adopt_users(struct daemon *daemon)
+{
+    uint64_t begin = skv_now_ns();
+    skv_cache_time(daemon->cache, begin / 1000000, (uint32_t)time(NULL));
+    uint32_t users = skv_cache_adopt(daemon->cache, daemon->kept.unsettled > 0);
+    skv_info("%u users in the pool that an earlier daemon left, found in %llu ms; %u of its "
+             "sessions may still be running",
+             users, (unsigned long long)((skv_now_ns() - begin) / 1000000), daemon->kept.unsettled);
+}
+
+static int open_cache(struct daemon *daemon)
+{
+    const struct options *o = &daemon->options;
+    uint64_t pages = daemon->table->pages;
+    uint64_t extent_bytes = skv_pool_exported(daemon->pool)->extent_bytes;
+    uint32_t extent_pages =
+        o->protect ? (uint32_t)(extent_bytes / skv_page_bytes(&o->geometry)) : 0;
+    int status =
+        skv_cache_open(&(struct skv_cache_options){.geometry = o->geometry,
+                                                   .pages = (uint32_t)pages,
+                                                   .extent_pages = extent_pages,
+                                                   .sessions = SKV_MAX_SESSIONS,
+                                                   .max_records = o->max_users,
+                                                   .generation = daemon->table->generation + 1,
+                                                   .lease_ms = o->lease_ms,
+                                                   .tail_ms = o->tail_ms,
+                                                   .store = o->store != NULL,
+                                                   .table = daemon->table},
+                       &daemon->cache);
+    if (!status && daemon->kept.adopted)
+        adopt_users(daemon);
+    if (!status && !o->store)
+        skv_cache_restored(daemon->cache, UINT32_MAX); /* nothing is */
+    return status;
+}
+
+static int open_all(struct daemon *daemon)
+{
+    struct options *o = &daemon->options;
+    const char *what;
+    int status = loop_open(&daemon->loop, o->epoll, &what);
+    daemon->start_by_ns = daemon->started_ns + (uint64_t)o->start_wait_ms * 1000000;
+    if (status || (status = claim(o->socket, daemon->start_by_ns)))
+        return status;
+    daemon->stats.epoll = strcmp(what, "epoll") == 0;
+    daemon->pool_requested = o->pool_bytes;
+    if ((status = skv_kept_open(daemon)) || (status = claim_store(daemon)) ||
+        (status = skv_device_open(o->device, &daemon->device)))
+        return status;
+    if (skv_device_info(daemon->device)->mps)
+        skv_warn("this daemon runs under MPS: " SKV_MPS_RISK);
+    options_defaults(o, skv_device_info(daemon->device));
+    /* For tests, on the host backend: copies as slow as a slow device's. */
+    const char *delay = getenv("SIDEKV_TEST_COPY_DELAY_US");
+    if (delay)
+        skv_device_delay(daemon->device, strtoull(delay, NULL, 10));
+    if ((status = make_pool(daemon)))
+        return status;
+    uint64_t page_bytes = skv_page_bytes(&o->geometry);
+    uint64_t pages = skv_pool_exported(daemon->pool)->pool_bytes / page_bytes;
+    if (pages >= UINT32_MAX) {
+        skv_error("a pool of %llu pages is more than the %u that page ids can name",
+                  (unsigned long long)pages, UINT32_MAX - 1);
+        return SKV_EINVAL;
+    }
+    uint32_t extents = skv_pool_exported(daemon->pool)->extents;
+    if (o->protect && extents < PROTECT_FEW)
+        skv_warn("--protect: %u extents are few: each worker needs some of its own. A larger "
+                 "--pool-bytes makes more",
+                 extents);
+    int made;
+    if ((status = make_table(daemon, pages, &made)))
+        return status;
+    daemon->table->pages = pages;
+    /* A new pool has nothing to serve; that of an earlier daemon is not kept from anybody. */
+    if ((status = open_cache(daemon)) || (status = skv_arrival_start(daemon)) ||
+        (status = skv_arrival_await(daemon,
+                                    daemon->kept.adopted ? skv_now_ns() + ARRIVAL_NS : UINT64_MAX)))
+        return status;
+    if (made >= 0) { /* no keeper has the pool of a start that fails */
+        skv_kept_hand_over(daemon, made);
+        close(made);
+    }
+    skv_kept_watch(daemon);
+    skv_failpoint(FAIL_start_listening);
+    if ((daemon->listener = status = listen_at(o->socket)) < 0)
+        return status;
+    skv_info("%s at %s: %s, %llu pages of %llu KiB, store %s, %s", SKV_VERSION, o->socket,
+             skv_device_info(daemon->device)->name, (unsigned long long)pages,
+             (unsigned long long)page_bytes >> 10, o->store ? o->store : "none", what);
+    return SKV_OK;
+}
+
+static void close_all(struct daemon *daemon)
+{
+    if (daemon->listener >= 0) {
+        close(daemon->listener);
+        unlink(daemon->options.socket);
+    }
+    for (uint32_t i = 0; i < SKV_MAX_PEERS; i++)
+        if (daemon->peers[i].socket >= 0)
+            close(daemon->peers[i].socket);
+    skv_arrival_stop(daemon);
+    if (daemon->mover && daemon->store && !daemon->broken)
+        skv_finish(daemon);
+    skv_mover_stop(daemon->mover);
+    if (daemon->pinner)
+        skv_pinner_stop(daemon->pinner);
+    skv_store_close(daemon->store);
+    skv_store_close(daemon->claimed);
+    skv_bell_fini(&daemon->arrival_bell);
+    skv_cache_close(daemon->cache);
+    skv_pool_close(daemon->pool);
+    skv_device_close(daemon->device);
+    loop_close(daemon->loop);
+    skv_kept_close(daemon);
+}
+
+int main(int argc, char **argv)
+{
+    static struct daemon daemon = {.listener = -1, .arrival_bell.fd = -1};
+    int result = options_parse(argc, argv, &daemon.options);
+    if (result >= 0)
+        return result;
+    skv_log_init("sidekvd", SKV_LOG_INFO);
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+    /* Blocked before any thread starts, so that only the loop hears them. */
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    sigprocmask(SIG_BLOCK, &signals, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    skv_sigbus_init();
+    daemon.signals = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (daemon.signals < 0) /* it could not be stopped in order */
+        skv_error("signalfd: %s; raise the limit of open files", strerror(errno));
+    daemon.started_ns = daemon.now_ns = skv_now_ns();
+    daemon.session_ids = daemon.now_ns; /* never an id of an earlier daemon */
+    skv_peers_init(&daemon);
+    int status = daemon.signals < 0 ? SKV_EIO : open_all(&daemon);
+    if (status < 0) {
+        skv_error("not started: %s%s", skv_strerror(status),
+                  status == SKV_ENOMEM ? ": raise the memory limit, or ask for less (--pool-bytes, "
+                                         "--max-users, --staging-bytes)"
+                                       : "");
+        close_all(&daemon);
+        return 1;
+    }
+    skv_notify("READY=1");
+    result = skv_serve(&daemon);
+    if (daemon.broken)
+        skv_kept_disown(&daemon);
+    skv_failpoint(FAIL_stop_stored);
+    close_all(&daemon);
+    skv_info("ended");
+    return result;
+}

@@ -1,0 +1,28 @@
+/* sidekvd's command line. */
+#ifndef SKV_OPTIONS_H
+#define SKV_OPTIONS_H
+
+#include "device.h"
+#include "store.h"
+
+struct options {
+    const char *socket;
+    const char *store; /* NULL: none */
+    const char *device;
+    struct skv_geometry geometry;
+    enum skv_export export;
+    enum skv_durability durability;
+    uint64_t pool_bytes, store_bytes, pin_bytes, staging_bytes; /* 0: by the machine */
+    uint32_t tail_ms, spin_us, lease_ms, start_wait_ms;
+    uint32_t max_users;
+    bool epoll, protect;
+};
+
+/* Fills it from the arguments and the defaults. Returns -1 to go on, else the exit status: 0 after
+ * --help or --version, 2 after a usage error (said on stderr). */
+int options_parse(int argc, char **argv, struct options *out);
+
+/* Replaces the sizes that are 0 by what suits the device and this machine. */
+void options_defaults(struct options *options, const struct skv_device_info *device);
+
+#endif

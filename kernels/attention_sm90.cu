@@ -1,0 +1,749 @@
+/* HSTU attention for Hopper (compute capability 9.0): wgmma on tiles that TMA brings, K and V of
+ * the prefix straight from the cache's pages, of the in-flight rows from m. The contract is struct
+ * hstu_attention_path in cuda_pass.h and the mask in layers.h.
+ *
+ * One block an SM, persistent; clusters of two blocks walk the work list two items at a time
+ * (attention_sm90_item.cuh). A block is a producer warp and two consumer warpgroups of 64 query
+ * rows each:
+ *
+ *   producer   decodes items into shared memory, and keeps a ring of 16 KiB slots full: 128 keys of
+ *              K as D/64 slots [128 keys][64 dims], then of V as D/64 slots [D/64 chunks]
+ *              [128 * 64/D keys][64 dims], then the next 128 keys
+ *   consumer   s = q k^T (both from shared memory), p = SiLU(s / sqrt(D)) to bf16 in registers,
+ *              o += p v (p as the register operand). o stays in registers for the whole item
+ *
+ * The warpgroups take turns at the tensor cores, one product each: while one computes SiLU, the
+ * other multiplies (struct turns). SiLU needs no row statistics, so that is all: no rescaling, and
+ * slices of the key range simply add in the kernel that reads the partial sums. An item's output is
+ * stored while the first product of the next item runs.
+ *
+ * Masks. Within a tile the keys that a row may see are always one interval, so a mask is one
+ * unsigned comparison, and only tiles at an edge pay for it. A warpgroup that needs only one half
+ * of a tile's keys multiplies only that half. K rows that are not ours may hold anything: p is
+ * selected, not multiplied. V rows that are not ours are zeroed in shared memory before the
+ * product, since 0 * NaN is NaN.
+ *
+ * Cost, of an item of r rows and k keys: 4 r k D flops on the tensor cores, r k tanh on the MUFU;
+ * bytes: 4 k D of K and V, 2 r D of q, 4 r D of output. A joined pair of items reads K and V once
+ * for 256 rows, 256 flops a byte: 2.5 TB/s from the L2 at 640 TFLOP/s. */
+#include "attention_sm90_item.cuh"
+
+#include <cuda_runtime.h>
+#include <stdlib.h>
+
+extern "C" {
+#include "log.h"
+}
+
+using namespace sm90;
+
+namespace
+{
+
+/* In shared memory, behind Q and the ring. */
+template <int D> struct control {
+    uint64_t full[config<D>::SLOTS];  /* producers' TMA -> consumers of this block */
+    uint64_t empty[config<D>::SLOTS]; /* every consumer warp of both blocks -> producer */
+    uint64_t q_full[WARPGROUPS];      /* TMA -> that warpgroup */
+    uint64_t q_empty[WARPGROUPS];
+    uint64_t item_full[2]; /* producer -> consumers */
+    uint64_t item_empty[2];
+    struct item item[2];
+    struct item draft[2]; /* the producer's: the next unit's two items */
+};
+
+template <int D> constexpr uint32_t shared_bytes()
+{
+    /* The base is aligned by hand: nobody promises dynamic shared memory 1 KiB. */
+    return 1024 + WARPGROUPS * config<D>::Q_BYTES + config<D>::SLOTS * SLOT_BYTES +
+           sizeof(struct control<D>);
+}
+static_assert(shared_bytes<256>() <= SHARED_MAX && shared_bytes<128>() <= SHARED_MAX &&
+              shared_bytes<64>() <= SHARED_MAX);
+
+/* Where in the ring: slot, and the parity of its use. */
+template <int D> struct cursor {
+    uint32_t slot, parity;
+    __device__ __forceinline__ void advance(uint32_t count)
+    {
+        slot += count;
+        if (slot >= config<D>::SLOTS) {
+            slot -= config<D>::SLOTS;
+            parity ^= 1;
+        }
+    }
+    __device__ __forceinline__ cursor at(uint32_t count) const
+    {
+        cursor r = *this;
+        r.advance(count);
+        return r;
+    }
+};
+
+/* Shared addresses. */
+template <int D> struct layout {
+    uint32_t q, slots;
+    struct control<D> *control;
+
+    __device__ __forceinline__ uint32_t slot(uint32_t i) const
+    {
+        return slots + i * SLOT_BYTES;
+    }
+    __device__ __forceinline__ uint32_t full(uint32_t i) const
+    {
+        return shared_address(&control->full[i]);
+    }
+    __device__ __forceinline__ uint32_t empty(uint32_t i) const
+    {
+        return shared_address(&control->empty[i]);
+    }
+};
+
+/* ---- producer: one warp; lanes issue boxes side by side ---- */
+
+/* The ids of 32 consecutive pages of a sequence, one a lane. */
+struct page_window {
+    int32_t base; /* the page in lane 0 */
+    uint32_t id;
+};
+
+template <int D> struct producer {
+    const struct parameters &p;
+    struct layout<D> at;
+    uint32_t lane;
+    struct cursor<D> ring;
+
+    __device__ __forceinline__ producer(const struct parameters &p_, const struct layout<D> &at_,
+                                        uint32_t lane_)
+        : p(p_), at(at_), lane(lane_), ring{0, 0}
+    {
+    }
+
+    /* Waits for the next slot and announces its bytes; returns the slot's address. */
+    __device__ __forceinline__ uint32_t open_slot(uint32_t bytes)
+    {
+        barrier_wait(at.empty(ring.slot), ring.parity ^ 1);
+        if (lane == 0)
+            barrier_arrive_expect(at.full(ring.slot), bytes);
+        __syncwarp();
+        return at.slot(ring.slot);
+    }
+
+    /* Into the open slot. In a joined unit the blocks take the slots in turn, each for both: a slot
+     * is empty only when both blocks' consumers have said so. */
+    __device__ __forceinline__ void load(uint32_t to, const CUtensorMap *map, uint32_t row,
+                                         uint32_t chunk, bool joined)
+    {
+        if (!joined)
+            load_box(to, map, row, chunk, at.full(ring.slot));
+        else if (ring.slot % 2 == cluster_rank())
+            load_box_both(to, map, row, chunk, at.full(ring.slot));
+    }
+
+    /* Row of the pool's map where key `key` of this layer's K (kv 0) or V (kv 1) lies. Whole warp.
+     */
+    __device__ __forceinline__ uint32_t pool_row(const struct page_window &window, int32_t key,
+                                                 uint32_t kv, uint32_t head)
+    {
+        uint32_t page = __shfl_sync(~0u, window.id, (key >> p.page_shift) - window.base);
+        uint32_t plane = ((page * p.layers + p.layer) * 2 + kv) * p.heads + head;
+        return (plane << p.page_shift) + (key & ((1 << p.page_shift) - 1));
+    }
+
+    /* One chunk of 64 dims of a tile's K. */
+    __device__ __forceinline__ void load_k(const struct item *it, const struct tile &tile,
+                                           const struct page_window &window, uint32_t chunk)
+    {
+        bool paged = tile.kind == 0;
+        int32_t shift = paged ? p.pool.k_shift : HALF_SHIFT, rows = 1 << shift;
+        int32_t count = (max(tile.end - tile.start, 0) + rows - 1) >> shift;
+        uint32_t to = open_slot(count * rows * ROW_BYTES) + lane * rows * ROW_BYTES;
+        int32_t key = tile.start + min((int32_t)lane, count - 1) * rows;
+        if (paged) {
+            uint32_t row = pool_row(window, key, 0, it->work.head);
+            if ((int32_t)lane < count)
+                load(to, &p.pool_k, row, chunk, it->joined);
+        } else if ((int32_t)lane < count) {
+            uint32_t column = (3 * p.heads + it->work.head) * config<D>::CHUNKS + chunk;
+            load(to, &p.m_k, key + it->to_row, column, it->joined);
+        }
+        ring.advance(1);
+    }
+
+    /* V_KEYS keys of a tile's V, all dims. */
+    __device__ __forceinline__ void load_v(const struct item *it, const struct tile &tile,
+                                           const struct page_window &window, uint32_t part)
+    {
+        constexpr int32_t V_KEYS = config<D>::V_KEYS, CHUNKS = config<D>::CHUNKS;
+        bool paged = tile.kind == 0;
+        bool whole = !paged || p.pool.v_whole; /* a box has all chunks of its rows */
+        int32_t shift = paged ? p.pool.v_shift : V_KEYS == 32 ? 5 : HALF_SHIFT, rows = 1 << shift;
+        int32_t start = tile.start + part * V_KEYS;
+        int32_t valid = min(max(tile.end - start, 0), V_KEYS), count = (valid + rows - 1) >> shift;
+        uint32_t slot = open_slot(count * rows * CHUNKS * ROW_BYTES);
+        count = whole ? count : count * CHUNKS;
+        int32_t box = max(min((int32_t)lane, count - 1), 0);
+        int32_t down = (whole ? box : box / CHUNKS) * rows, chunk = whole ? 0 : box % CHUNKS;
+        uint32_t to = slot + (chunk * V_KEYS + down) * ROW_BYTES;
+        if (paged) {
+            /* An empty slot's key may lie past the window: any lane's page will do. */
+            uint32_t row = pool_row(window, start + down, 1, it->work.head);
+            if ((int32_t)lane < count)
+                load(to, &p.pool_v, row, chunk, it->joined);
+        } else if ((int32_t)lane < count) {
+            uint32_t column = (p.heads + it->work.head) * CHUNKS + chunk;
+            load(to, &p.m_v, start + down + it->to_row, column, it->joined);
+        }
+        ring.advance(1);
+    }
+
+    __device__ __forceinline__ void load_q(const struct item *it, uint32_t use)
+    {
+#pragma unroll 1
+        for (int g = 0; g < WARPGROUPS; g++) {
+            uint32_t full = shared_address(&at.control->q_full[g]);
+            barrier_wait(shared_address(&at.control->q_empty[g]), (use & 1) ^ 1);
+            if (lane != 0)
+                continue;
+            int32_t row = it->group_row[g];
+            bool any = row < (int32_t)it->work.rows;
+            barrier_arrive_expect(full, any ? config<D>::Q_BYTES : 0);
+            if (any)
+                load_box(at.q + g * config<D>::Q_BYTES, &p.m_q, it->row + row,
+                         (2 * p.heads + it->work.head) * config<D>::CHUNKS, full);
+        }
+        __syncwarp();
+    }
+
+    /* Reads the two items of the n-th unit of this pair of blocks: every second round goes
+     * backwards, so that of a list sorted by length each pair gets long and short ones. */
+    __device__ __forceinline__ void draft(uint32_t n)
+    {
+        uint32_t pairs = gridDim.x / 2, pair = blockIdx.x / 2;
+        uint32_t unit = n * pairs + (n % 2 ? pairs - 1 - pair : pair);
+        if (lane < 2)
+            read_item(&at.control->draft[lane], p, unit * 2 + lane, *p.batch.work_count);
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        constexpr int CHUNKS = config<D>::CHUNKS;
+        draft(0);
+        for (uint32_t n = 0;; n++) {
+            struct item *it = &at.control->item[n & 1];
+            barrier_wait(shared_address(&at.control->item_empty[n & 1]), (n >> 1 & 1) ^ 1);
+            make_part(it, at.control->draft, lane, cluster_rank(), p);
+            if (lane == 0) /* releases the item to the consumers; syncwarp does to our own lanes */
+                barrier_arrive(shared_address(&at.control->item_full[n & 1]));
+            __syncwarp();
+            if (it->steps == 0)
+                return;
+            struct page_window window = {-32, 0};
+#pragma unroll 1
+            for (int32_t t = 0; t < it->steps; t++) {
+                struct tile tile = tile_at(it, t);
+                int32_t page = tile.start >> p.page_shift;
+                if (tile.kind == 0 && ((tile.end - 1) >> p.page_shift) >= window.base + 32) {
+                    window.base = page;
+                    window.id = it->page[min(page + (int32_t)lane, it->pages - 1)];
+                }
+#pragma unroll 1
+                for (int c = 0; c < CHUNKS; c++) {
+                    load_k(it, tile, window, c);
+                    /* The ring has two slots to spare beyond a whole tile: they are free before Q
+                     * is, when an item ends. */
+                    if (t == 0 && c == min(CHUNKS, 2) - 1)
+                        load_q(it, n);
+                }
+#pragma unroll 1
+                for (int c = 0; c < CHUNKS; c++)
+                    load_v(it, tile, window, c);
+                if (t == 0) /* while the consumers are busy */
+                    draft(n + 1);
+            }
+        }
+    }
+};
+
+/* ---- consumers ---- */
+
+/* Barriers 1 and 2 hand the tensor cores round: a warpgroup syncs on its own and arrives at the
+ * next one's. Before the first turn the last warpgroup arrives for the first, and after the last
+ * turn the first one syncs once more, so that arrivals and syncs pair up. Barriers 3 and 4 are a
+ * warpgroup's own. */
+struct turns {
+    uint32_t group;
+    __device__ __forceinline__ void wait() const
+    {
+        named_sync(1 + group, 256);
+    }
+    __device__ __forceinline__ void pass() const
+    {
+        named_arrive(1 + (group + 1) % WARPGROUPS, 256);
+    }
+    __device__ __forceinline__ void sync_group() const
+    {
+        named_sync(1 + WARPGROUPS + group, 128);
+    }
+};
+
+/* h + h tanh(h) with h = s / (2 sqrt(D)) is SiLU(s / sqrt(D)): one MUFU instruction. */
+template <int D> __device__ __forceinline__ float silu(float s)
+{
+    constexpr float HALF_SCALE = D == 256 ? 0.5f / 16 : D == 64 ? 0.5f / 8 : 0.5f * 0.08838834764f;
+    float h = s * HALF_SCALE, t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(h));
+    return fmaf(h, t, h);
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high)
+{
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+/* The same in every lane, and known to the compiler to be: it serializes wgmmas whose control flow
+ * could diverge. */
+__device__ __forceinline__ int32_t uniform(int32_t x)
+{
+    return __shfl_sync(~0u, x, 0);
+}
+
+__device__ __forceinline__ void store_pair(float *to, float x, float y, bool valid)
+{
+    asm volatile("{\n\t"
+                 ".reg .pred valid;\n\t"
+                 "setp.ne.b32 valid, %3, 0;\n\t"
+                 "@valid st.global.v2.f32 [%0], {%1, %2};\n\t"
+                 "}" ::"l"(to),
+                 "f"(x), "f"(y), "r"((int)valid)
+                 : "memory");
+}
+
+template <int D> struct consumer {
+    const struct parameters &p;
+    struct layout<D> at;
+    struct turns turn;
+    uint32_t group, warp, lane; /* warp: in the group */
+    uint32_t empty;             /* cluster address of empty[0] of the block of rank lane % 2 */
+    struct cursor<D> ring;
+    /* The finished item whose o is still in registers. */
+    uint32_t out;  /* of this thread's first row, in units of D elements */
+    int32_t below; /* valid rows from that row on */
+
+    __device__ __forceinline__ consumer(const struct parameters &p_, const struct layout<D> &at_,
+                                        uint32_t group_, uint32_t warp_, uint32_t lane_)
+        : p(p_), at(at_), turn{group_}, group(group_), warp(warp_), lane(lane_),
+          empty(address_in(at_.empty(0), lane_ % 2)), ring{0, 0}
+    {
+    }
+
+    /* One arrival a warp, in both blocks: each warp's wgmmas have finished when its own wait says
+     * so. */
+    __device__ __forceinline__ void release(const struct cursor<D> &from)
+    {
+#pragma unroll
+        for (int c = 0; c < config<D>::CHUNKS; c++)
+            if (lane < 2)
+                barrier_arrive_cluster(empty + from.at(c).slot * sizeof(uint64_t));
+    }
+
+    __device__ __forceinline__ void acquire(const struct cursor<D> &from)
+    {
+#pragma unroll
+        for (int c = 0; c < config<D>::CHUNKS; c++) {
+            struct cursor<D> r = from.at(c);
+            barrier_wait(at.full(r.slot), r.parity);
+        }
+    }
+
+    /* Absolute position of the first of this warpgroup's rows, and how many it has. */
+    __device__ __forceinline__ int32_t position(const struct item *it) const
+    {
+        return first_position(it) + it->group_row[group];
+    }
+
+    __device__ __forceinline__ int32_t rows_of(const struct item *it) const
+    {
+        return max(min((int32_t)it->work.rows - it->group_row[group], 64), 0);
+    }
+
+    /* Stores the finished item's o, two floats a time: four lanes fill a sector of 32 bytes. Called
+     * while a product is in flight: no branches but uniform ones. */
+    __device__ __forceinline__ void store(float *o)
+    {
+        float *upper = p.partial + (uint64_t)out * D + lane % 4 * 2;
+        float *lower = upper + (uint64_t)8 * p.heads * D;
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+            store_pair(upper + i * 8, o[i * 4], o[i * 4 + 1], below > 0);
+            store_pair(lower + i * 8, o[i * 4 + 2], o[i * 4 + 3], below > 8);
+        }
+#pragma unroll
+        for (int i = 0; i < D / 2; i++)
+            o[i] = 0;
+    }
+
+    /* Zeroes V rows [from, to) of the tile, all dims. The whole warpgroup; each warpgroup for
+     * itself, the same zeros. */
+    __device__ __forceinline__ void zero_v(const struct cursor<D> &v, int32_t from, int32_t to)
+    {
+        constexpr int32_t UNITS = D / 8; /* of 16 bytes a row */
+        for (int32_t i = from * UNITS + warp * 32 + lane; i < to * UNITS; i += 128) {
+            int32_t key = i / UNITS, unit = i % UNITS;
+            uint32_t row = unit / 8 * config<D>::V_KEYS + key % config<D>::V_KEYS;
+            uint32_t address = at.slot(v.at(key / config<D>::V_KEYS).slot) + row * ROW_BYTES;
+            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address + unit % 8 * 16),
+                         "r"(0)
+                         : "memory");
+        }
+        /* Before our wgmmas read it, and before the next TMA into the slot. */
+        async_proxy_fence();
+        turn.sync_group();
+    }
+
+    /* p = SiLU(s) as the A operand of the second product: an accumulator's layout is an operand's.
+     */
+    template <int N, bool Masked>
+    __device__ __forceinline__ void weigh(uint32_t *weights, const float *s, uint32_t half,
+                                          const struct row_mask &mask)
+    {
+#pragma unroll
+        for (int i = 0; i < N / 2; i += 2) {
+            float x[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                x[j] = silu<D>(s[i + j]);
+                if (Masked) {
+                    int32_t key = half * HALF + i / 4 * 8 + lane % 4 * 2 + j, row = i / 2 % 2;
+                    if ((uint32_t)(key - mask.low[row]) >= mask.count[row])
+                        x[j] = 0;
+                }
+            }
+            weights[i / 2] = pack_bf16(x[0], x[1]);
+        }
+    }
+
+    /* One tile: keys [half * 64, half * 64 + N) of it. `begins`: o is still the last item's. */
+    template <int N, bool Masked>
+    __device__ __forceinline__ void step(float *o, const struct item *it, const struct tile &tile,
+                                         int32_t valid, uint32_t half, bool begins, bool last)
+    {
+        constexpr int CHUNKS = config<D>::CHUNKS, V_KEYS = config<D>::V_KEYS;
+        struct cursor<D> k = ring, v = ring.at(CHUNKS);
+        float s[N / 2];
+        acquire(k);
+        turn.wait();
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            uint32_t a = at.q + group * config<D>::Q_BYTES + c * 64 * ROW_BYTES;
+            uint32_t b = at.slot(k.at(c).slot) + half * HALF * ROW_BYTES;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                wgmma_shared<N>(s, descriptor_k_major(a + i * 32), descriptor_k_major(b + i * 32),
+                                c + i > 0);
+        }
+        wgmma_commit();
+        turn.pass();
+        if (!Masked && begins)
+            store(o);
+        wgmma_wait();
+        pin<N / 2>(s);
+        if (Masked && begins) /* here registers are too scarce for stores beside the product */
+            store(o);
+        release(k);
+        if (last && lane == 0)
+            barrier_arrive(shared_address(&at.control->q_empty[group]));
+
+        uint32_t weights[N / 4];
+        struct row_mask mask;
+        if (Masked)
+            mask = mask_of(it, tile, position(it) + warp * 16 + lane / 4);
+        weigh<N, Masked>(weights, s, half, mask);
+
+        acquire(v);
+        int32_t begin = half * HALF, end = begin + N;
+        if (Masked && valid < end)
+            zero_v(v, max(valid, begin), end);
+        turn.wait();
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < N / 16; i++) {
+            uint32_t b = begin % V_KEYS * ROW_BYTES + i * 16 % V_KEYS * ROW_BYTES;
+            b += at.slot(v.at(begin / V_KEYS + i * 16 / V_KEYS).slot);
+            wgmma_registers<D>(o, weights + i * 4, descriptor_mn_major<V_KEYS * ROW_BYTES>(b));
+        }
+        wgmma_commit();
+        turn.pass();
+        wgmma_wait();
+        pin<N / 4>(weights);
+        pin<D / 2>(o);
+        release(v);
+    }
+
+    /* A tile that no row of ours sees: keep the turns and the ring going. */
+    __device__ __forceinline__ void skip(float *o, bool begins, bool last)
+    {
+        struct cursor<D> k = ring, v = ring.at(config<D>::CHUNKS);
+        acquire(k);
+        turn.wait();
+        turn.pass();
+        if (begins)
+            store(o);
+        release(k);
+        if (last && lane == 0)
+            barrier_arrive(shared_address(&at.control->q_empty[group]));
+        acquire(v);
+        turn.wait();
+        turn.pass();
+        release(v);
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        float o[D / 2];
+#pragma unroll
+        for (int i = 0; i < D / 2; i++)
+            o[i] = 0;
+        if (group + 1 == WARPGROUPS)
+            turn.pass();
+        uint32_t n = 0;
+        for (;; n++) {
+            const struct item *it = &at.control->item[n & 1];
+            barrier_wait(shared_address(&at.control->item_full[n & 1]), n >> 1 & 1);
+            int32_t steps = uniform(it->steps);
+            if (steps == 0)
+                break;
+            barrier_wait(shared_address(&at.control->q_full[group]), n & 1);
+#pragma unroll 1
+            for (int32_t t = 0; t < steps; t++) {
+                struct tile tile = tile_at(it, t);
+                struct view view = look(it, tile, position(it), rows_of(it));
+                int32_t from = uniform(view.from), to = uniform(view.to);
+                int32_t masked = uniform(view.masked);
+                bool begins = t == 0 && n > 0, last = t + 1 == steps;
+                if (to <= from)
+                    skip(o, begins, last);
+                else if (to <= HALF || from >= HALF)
+                    step<HALF, true>(o, it, tile, view.valid, from >= HALF, begins, last);
+                else if (masked)
+                    step<KEYS, true>(o, it, tile, view.valid, 0, begins, last);
+                else
+                    step<KEYS, false>(o, it, tile, view.valid, 0, begins, last);
+                ring.advance(2 * config<D>::CHUNKS);
+            }
+            int32_t row = warp * 16 + lane / 4;
+            below = rows_of(it) - row;
+            out = it->group_out[group] + row * p.heads;
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(shared_address(&at.control->item_empty[n & 1]));
+        }
+        if (group == 0)
+            turn.wait();
+        if (n > 0)
+            store(o);
+    }
+};
+
+template <int D>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
+    attention_kernel(const __grid_constant__ struct parameters p)
+{
+    extern __shared__ uint8_t memory[];
+    struct layout<D> at;
+    uint8_t *base = memory + (-shared_address(memory) & (ATOM_BYTES - 1));
+    at.q = shared_address(base);
+    at.slots = at.q + WARPGROUPS * config<D>::Q_BYTES;
+    at.control = (struct control<D> *)(base + WARPGROUPS * config<D>::Q_BYTES +
+                                       config<D>::SLOTS * SLOT_BYTES);
+    if (threadIdx.x == 0) {
+        struct control<D> *c = at.control;
+        for (int i = 0; i < config<D>::SLOTS; i++) {
+            barrier_init(shared_address(&c->full[i]), 1);
+            barrier_init(shared_address(&c->empty[i]), 2 * 4 * WARPGROUPS);
+        }
+        for (int i = 0; i < WARPGROUPS; i++) {
+            barrier_init(shared_address(&c->q_full[i]), 1);
+            barrier_init(shared_address(&c->q_empty[i]), 4);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(shared_address(&c->item_full[i]), 1);
+            barrier_init(shared_address(&c->item_empty[i]), 4 * WARPGROUPS);
+        }
+        barrier_init_fence();
+    }
+    cluster_sync(); /* the other block's barriers are ready too */
+    dependency_wait();
+    uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    if (warp < 4) {
+        registers_shrink<PRODUCER_REGISTERS>();
+        if (warp == 0) {
+            struct producer<D> producer(p, at, lane);
+            producer.run();
+        }
+    } else {
+        registers_grow<CONSUMER_REGISTERS>();
+        struct consumer<D> consumer(p, at, warp / 4 - 1, warp % 4, lane);
+        consumer.run();
+    }
+    __syncwarp();
+    cluster_sync(); /* the other block may still arrive here */
+}
+
+/* ---- host ---- */
+
+struct state {
+    CUresult (*encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                       const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
+                       CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                       CUtensorMapFloatOOBfill);
+};
+
+int cuda_status(cudaError_t error, const char *what)
+{
+    if (error == cudaSuccess)
+        return 0;
+    skv_error("attention_sm90: %s: %s", what, cudaGetErrorString(error));
+    return SKV_EDEVICE;
+}
+
+/* A row-major bf16 tensor [rows][columns] as {64, rows, columns / 64}, in boxes of `rows_box` by
+ * `chunks_box`: a box lies in shared memory as chunks of swizzled rows, as wgmma wants it. Rows
+ * past the end read as zeros. */
+int encode_map(const struct state *state, CUtensorMap *map, const void *base, uint64_t rows,
+               uint64_t columns, uint32_t rows_box, uint32_t chunks_box)
+{
+    cuuint64_t sizes[3] = {64, rows, columns / 64};
+    cuuint64_t strides[2] = {columns * 2, 128};
+    cuuint32_t box[3] = {64, rows_box, chunks_box}, steps[3] = {1, 1, 1};
+    CUresult result =
+        state->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, sizes, strides, box,
+                      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result == CUDA_SUCCESS)
+        return 0;
+    skv_error("attention_sm90: tensor map of %llu x %llu, box %u x %u: driver error %d",
+              (unsigned long long)rows, (unsigned long long)columns, rows_box, chunks_box, result);
+    return SKV_EDEVICE;
+}
+
+template <int D>
+int encode_maps(const struct state *state, const struct hstu_attention_args *args,
+                struct parameters *p)
+{
+    constexpr uint32_t CHUNKS = config<D>::CHUNKS, V_KEYS = config<D>::V_KEYS;
+    const struct skv_geometry *g = &args->geometry;
+    uint64_t wide = UINT64_C(4) * g->heads * D;
+    uint32_t k_rows = g->page_tokens < HALF ? g->page_tokens : HALF;
+    uint32_t pool_v_rows = k_rows < V_KEYS ? k_rows : V_KEYS;
+    p->pool.k_shift = __builtin_ctz(k_rows);
+    p->pool.v_shift = __builtin_ctz(pool_v_rows);
+    p->pool.v_whole = pool_v_rows == V_KEYS;
+    uint32_t v_rows = V_KEYS < HALF ? V_KEYS : HALF;
+    int status = encode_map(state, &p->m_q, args->m, args->rows, wide, HALF, CHUNKS);
+    status = status ? status : encode_map(state, &p->m_k, args->m, args->rows, wide, HALF, 1);
+    status =
+        status ? status : encode_map(state, &p->m_v, args->m, args->rows, wide, v_rows, CHUNKS);
+    if (status || !args->pool || !args->pool_pages) {
+        p->pool_k = p->m_k; /* never used: no sequence has a prefix */
+        p->pool_v = p->m_v;
+        return status;
+    }
+    uint64_t rows = args->pool_pages * g->layers * 2 * g->heads * g->page_tokens;
+    if (rows > INT32_MAX) { /* TMA coordinates */
+        skv_error("attention_sm90: the pool has %llu rows of K and V, more than 2^31",
+                  (unsigned long long)rows);
+        return SKV_ENOTSUP;
+    }
+    status = encode_map(state, &p->pool_k, args->pool, rows, D, k_rows, 1);
+    return status ? status
+                  : encode_map(state, &p->pool_v, args->pool, rows, D, pool_v_rows,
+                               p->pool.v_whole ? CHUNKS : 1);
+}
+
+template <int D> int prepare()
+{
+    return cuda_status(cudaFuncSetAttribute(attention_kernel<D>,
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            shared_bytes<D>()),
+                       "shared memory");
+}
+
+template <int D>
+int launch(const struct state *state, const struct hstu_attention_args *args, cudaStream_t stream)
+{
+    struct parameters p = {};
+    int status = encode_maps<D>(state, args, &p);
+    if (status)
+        return status;
+    p.batch = args->batch;
+    p.partial = args->partial;
+    p.rows = args->rows;
+    p.group = args->group;
+    p.heads = args->geometry.heads;
+    p.layer = args->layer;
+    p.layers = args->geometry.layers;
+    p.page_shift = __builtin_ctz(args->geometry.page_tokens);
+    uint32_t blocks = args->sm_count < 2 ? 2 : args->sm_count & ~1u;
+    attention_kernel<D><<<blocks, THREADS, shared_bytes<D>(), stream>>>(p);
+    return cuda_status(cudaGetLastError(), "launch");
+}
+
+uint32_t path_tile_rows(uint32_t head_dim)
+{
+    (void)head_dim;
+    return ROWS;
+}
+
+void path_close(void *state)
+{
+    free(state);
+}
+
+int path_open(const struct hstu_attention_args *args, void **out)
+{
+    struct state *state = (struct state *)calloc(1, sizeof *state);
+    if (!state)
+        return SKV_ENOMEM;
+    void *entry = NULL;
+    cudaDriverEntryPointQueryResult found;
+    int status = cuda_status(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                              12000, cudaEnableDefault, &found),
+                             "cuTensorMapEncodeTiled");
+    if (!status && found != cudaDriverEntryPointSuccess)
+        status = SKV_ENODEVICE;
+    *(void **)&state->encode = entry;
+    uint32_t dim = args->geometry.head_dim;
+    if (!status)
+        status = dim == 256 ? prepare<256>() : dim == 128 ? prepare<128>() : prepare<64>();
+    if (status) {
+        path_close(state);
+        return status;
+    }
+    *out = state;
+    return 0;
+}
+
+int path_launch(void *opaque, const struct hstu_attention_args *args, void *stream)
+{
+    const struct state *state = (const struct state *)opaque;
+    switch (args->geometry.head_dim) {
+    case 64:
+        return launch<64>(state, args, (cudaStream_t)stream);
+    case 128:
+        return launch<128>(state, args, (cudaStream_t)stream);
+    case 256:
+        return launch<256>(state, args, (cudaStream_t)stream);
+    }
+    return SKV_ENOTSUP;
+}
+
+} // namespace
+
+extern "C" const struct hstu_attention_path hstu_attention_sm90 = {
+    "sm90", path_tile_rows, KEYS, path_open, path_close, path_launch,
+};

@@ -1,0 +1,255 @@
+/* What a pair of blocks works on, for attention_sm90.cu: shapes that follow from the head dim, work
+ * items cut into tiles of keys, and units of two items.
+ *
+ * A unit is items 2u and 2u + 1 of the work list; the two blocks of a cluster always work on one
+ * unit and walk it in step. When the two items are neighbouring row tiles of one head over the same
+ * keys, the unit is *joined*: each K and V tile is read once and sent to both blocks, and the rows
+ * are dealt out by warpgroups so that the causal edge costs both blocks the same. Otherwise each
+ * block has its own item and loads for itself; the shorter one is padded with tiles that nobody
+ * needs.
+ *
+ * An item's keys are three spans: the prefix (tiles start at a page box), the in-flight history,
+ * and the candidates' own keys; a tile of 128 keys never straddles two. */
+#ifndef HSTU_ATTENTION_SM90_ITEM_CUH
+#define HSTU_ATTENTION_SM90_ITEM_CUH
+
+#include "cuda_pass.h"
+
+#include "attention_sm90_ptx.cuh"
+
+namespace sm90
+{
+
+constexpr int KEYS = 128; /* of a tile */
+constexpr int HALF = 64, HALF_SHIFT = 6;
+constexpr uint32_t ROW_BYTES = 128; /* 64 bf16: a row of a swizzled tile */
+constexpr uint32_t SLOT_BYTES = KEYS * ROW_BYTES;
+constexpr uint32_t SHARED_MAX = 232448; /* 227 KiB, what a block may have */
+constexpr int WARPGROUPS = 2;           /* consumers of a block, 64 query rows each */
+constexpr int ROWS = 64 * WARPGROUPS;   /* of an item */
+constexpr int THREADS = 128 * (WARPGROUPS + 1);
+/* Registers a thread, multiples of 8. The launch gives all three warpgroups 168; setmaxnreg moves
+ * the producer's to the consumers: 40 + 2 * 232 = 3 * 168. */
+constexpr uint32_t PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+
+/* What follows from the head dim. */
+template <int D> struct config {
+    static constexpr int CHUNKS = D / 64;           /* slots of K, and of V, a tile */
+    static constexpr int V_KEYS = KEYS / CHUNKS;    /* keys of a V slot */
+    static constexpr int SLOTS = D == 64 ? 12 : 10; /* even: the blocks of a pair load in turn */
+    static constexpr uint32_t Q_BYTES = 64 * D * 2; /* of one warpgroup */
+};
+
+struct span {
+    int32_t start, end; /* absolute key positions; the first tile starts at start */
+};
+
+/* A block's part of a unit, in shared memory. */
+struct item {
+    struct hstu_work work;          /* of a joined unit: rows of both, the keys of the longer */
+    int32_t history, cached, group; /* h, c, g */
+    struct span span[3];            /* prefix, in-flight history, candidates */
+    int32_t tiles[3];               /* how many tiles up to and with this span */
+    int32_t steps;                  /* tiles of the unit; 0: no unit, the list is done */
+    int32_t joined;
+    int32_t group_row[WARPGROUPS];  /* where each warpgroup's 64 rows begin, from the first row */
+    uint32_t group_out[WARPGROUPS]; /* of that row: (slice * rows + row) * H + head */
+    uint32_t row;                   /* of m: the first query row */
+    int32_t to_row;                 /* row of m of key t: t + to_row */
+    const uint32_t *page;           /* the sequence's page ids */
+    int32_t pages;                  /* how many */
+};
+
+/* Boxes of the pool may not cross a page, nor half a tile; a V box holds all chunks at once when it
+ * fills its slot. */
+struct boxes {
+    uint32_t k_shift, v_shift; /* log2 of rows */
+    bool v_whole;
+};
+
+struct parameters {
+    CUtensorMap m_q, m_k, m_v, pool_k, pool_v;
+    struct hstu_device_batch batch;
+    float *partial;
+    uint32_t rows, group, heads, layer, layers;
+    uint32_t page_shift; /* log2 S */
+    struct boxes pool;
+};
+
+__device__ __forceinline__ int32_t tiles_of(struct span s)
+{
+    return s.end > s.start ? (s.end - s.start + KEYS - 1) / KEYS : 0;
+}
+
+__device__ __forceinline__ int32_t first_position(const struct item *it)
+{
+    return it->cached + it->work.row0;
+}
+
+/* Cuts the keys of it->work into spans of tiles. */
+__device__ __forceinline__ void cut(struct item *it, const struct parameters &p)
+{
+    int32_t first = first_position(it), after = first + it->work.rows, history = it->history;
+    int32_t key0 = it->work.key0, key1 = it->work.key1, cached = it->cached;
+    int32_t seen = min(min(history, after), key1); /* end of the history that its rows see */
+    int32_t shift = p.pool.k_shift;
+    struct span prefix = {key0 >> shift << shift, min(cached, seen)};
+    struct span flight = {max(key0, cached), seen};
+    struct span own = {0, 0};
+    if (after > history) { /* from the first candidate's group on */
+        int32_t start = max(first - history, 0) / it->group * it->group;
+        /* One wgmma sums sixteen keys. Count the sixteens from h, whoever shares the tile, so that
+         * joining items does not change a bit; a single key is the same anywhere among zeros. */
+        own.start = max(history + (it->group > 1 ? start & ~15 : start), key0);
+        own.end = min(after, key1);
+    }
+    it->span[0] = prefix;
+    it->span[1] = flight;
+    it->span[2] = own;
+    it->tiles[0] = key0 < prefix.end ? tiles_of(prefix) : 0;
+    it->tiles[1] = it->tiles[0] + tiles_of(flight);
+    /* An item without keys still writes zeros: one tile that nobody needs. */
+    it->tiles[2] = max(it->tiles[1] + tiles_of(own), 1);
+}
+
+/* Reads item `index` of the work list, or makes an empty one past its end; an item of no rows
+ * is a hole that evens out the pairs. */
+__device__ __forceinline__ void read_item(struct item *it, const struct parameters &p,
+                                          uint32_t index, uint32_t count)
+{
+    if (index < count)
+        it->work = p.batch.work[index];
+    if (index >= count || it->work.rows == 0) {
+        it->work.rows = it->work.row0 = 0;
+        it->tiles[0] = it->tiles[1] = it->tiles[2] = 0;
+        it->history = it->cached = it->group = 1;
+        return;
+    }
+    uint32_t sequence = it->work.sequence, row_start = p.batch.row_start[sequence];
+    int32_t cached = p.batch.cached[sequence];
+    it->history = p.batch.history[sequence];
+    it->cached = cached;
+    it->group = p.group;
+    it->row = row_start + it->work.row0;
+    it->to_row = (int32_t)row_start - cached;
+    it->page = p.batch.pages + p.batch.page_start[sequence];
+    it->pages = (cached + (1 << p.page_shift) - 1) >> p.page_shift;
+    cut(it, p);
+}
+
+/* May the two share their tiles? Neighbouring rows of one head over the same keys; the first may
+ * stop earlier only where the mask stops it. */
+__device__ __forceinline__ bool joins(const struct item *a, const struct item *b)
+{
+    const struct hstu_work &x = a->work, &y = b->work;
+    return x.rows == ROWS && y.rows > 0 && x.sequence == y.sequence && x.head == y.head &&
+           y.row0 == x.row0 + ROWS && x.key0 == y.key0 &&
+           (x.key1 == y.key1 || (x.key1 < y.key1 && (int32_t)x.key1 == first_position(a) + ROWS));
+}
+
+__device__ __forceinline__ uint32_t out_of(const struct item *it, int32_t row,
+                                           const struct parameters &p)
+{
+    return (it->work.slice * p.rows + it->row + row) * p.heads + it->work.head;
+}
+
+/* Makes this block's part of the unit of the two drafts. A whole warp. */
+__device__ __forceinline__ void make_part(struct item *it, const struct item *draft, uint32_t lane,
+                                          uint32_t rank, const struct parameters &p)
+{
+    const struct item *a = &draft[0], *b = &draft[1];
+    bool joined = joins(a, b);
+    const struct item *mine = joined ? a : &draft[rank];
+    for (uint32_t i = lane; i < sizeof *it / 4; i += 32)
+        ((uint32_t *)it)[i] = ((const uint32_t *)mine)[i];
+    __syncwarp();
+    if (lane != 0)
+        return;
+    it->joined = joined;
+    it->steps = max(a->tiles[2], b->tiles[2]);
+    if (joined) {
+        it->work.rows = ROWS + b->work.rows;
+        it->work.key1 = b->work.key1;
+        cut(it, p);
+        it->steps = it->tiles[2];
+    }
+    /* Of four warpgroups' rows, one block has the outer two, the other the inner two. */
+    for (int g = 0; g < WARPGROUPS; g++) {
+        int32_t row = joined ? 64 * (rank == 0 ? 3 * g : 1 + g) : 64 * g;
+        it->group_row[g] = row;
+        it->group_out[g] = row >= ROWS ? out_of(b, row - ROWS, p) : out_of(mine, row, p);
+    }
+}
+
+/* Tile t of an item: its first key, one past its last valid key, and which span. */
+struct tile {
+    int32_t start, end;
+    int32_t kind;
+};
+
+__device__ __forceinline__ struct tile tile_at(const struct item *it, int32_t t)
+{
+    struct tile tile;
+    tile.kind = t < it->tiles[0] ? 0 : t < it->tiles[1] ? 1 : 2;
+    int32_t before = tile.kind == 0 ? 0 : it->tiles[tile.kind - 1];
+    tile.start = it->span[tile.kind].start + (t - before) * KEYS;
+    tile.end = min(it->span[tile.kind].end, tile.start + KEYS);
+    if (t >= it->tiles[2])
+        tile.end = tile.start = 0; /* padding of an unjoined unit */
+    return tile;
+}
+
+/* A tile as 64 rows see it, relative to the tile's start. */
+struct view {
+    int32_t from, to; /* keys that some row of ours may see; to <= from: none */
+    int32_t valid;    /* keys from here on are not ours: stale or somebody else's */
+    bool masked;      /* not every row sees every key of the tile */
+};
+
+/* `first`: absolute position of the first of the `rows` rows. */
+__device__ __forceinline__ struct view look(const struct item *it, const struct tile &tile,
+                                            int32_t first, int32_t rows)
+{
+    struct view v;
+    int32_t low = it->work.key0, after = first + rows;
+    v.valid = tile.end - tile.start;
+    v.masked = true;
+    if (tile.kind == 2)
+        low = max(low, it->history + max(first - it->history, 0) / it->group * it->group);
+    v.from = max(low - tile.start, 0);
+    v.to = rows > 0 ? min(tile.end, after) - tile.start : 0;
+    if (tile.kind < 2)
+        v.masked = v.from > 0 || v.valid < KEYS || first < tile.start + KEYS - 1;
+    return v;
+}
+
+/* Two rows a thread, eight apart: the keys that each may see are [low, low + count), relative to
+ * the tile. */
+struct row_mask {
+    int32_t low[2];
+    uint32_t count[2];
+};
+
+__device__ __forceinline__ struct row_mask mask_of(const struct item *it, const struct tile &tile,
+                                                   int32_t first_row)
+{
+    struct row_mask mask;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int32_t position = first_row + i * 8;
+        int32_t low = it->work.key0, high = min(tile.end, position + 1);
+        if (tile.kind == 2) {
+            int32_t candidate = position - it->history;
+            low = max(low, it->history + max(candidate, 0) / it->group * it->group);
+            if (candidate < 0)
+                high = low;
+        }
+        mask.low[i] = low - tile.start;
+        mask.count[i] = max(high - low, 0);
+    }
+    return mask;
+}
+
+} // namespace sm90
+
+#endif

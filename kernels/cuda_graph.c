@@ -1,0 +1,353 @@
+/* A pass, enqueued on a stream and kept as a graph: one per size class and instance, captured when
+ * first needed (a few milliseconds), launched with one call ever after. Batch and lengths are data
+ * behind fixed addresses; only the number of rows is in the graph.
+ *
+ *   pull -> L x { norm -> UVQK -> [gate l] -> activate -> attention -> gate -> projection } -> head
+ *
+ * Activate is the first node of a layer that touches pages (it appends), so gate l stands before
+ * it, or before UVQK where both are one kernel. The waits form a branch of their own, which runs
+ * ahead while the layers compute. */
+#include "cuda_state.h"
+
+#include <cuda.h>
+#include <string.h>
+
+#include "log.h"
+
+/* ---- size classes ---- */
+
+uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index)
+{
+    if (rows <= 1024) {
+        uint32_t class = rows ? (rows + 63) / 64 : 1;
+        *index = class - 1;
+        return class * 64;
+    }
+    if (rows <= 8192) {
+        uint32_t class = (rows - 1024 + 127) / 128;
+        *index = 15 + class;
+        return 1024 + class * 128;
+    }
+    uint32_t class = (rows - 8192 + 255) / 256;
+    *index = 15 + 56 + class;
+    return 8192 + class * 256;
+}
+
+/* ---- one pass, enqueued ---- */
+
+/* Starting a kernel before the last one has ended pays for grids of one wave: this many rows. */
+enum { EARLY_ROWS = 2048 };
+
+typedef CUresult wait_value_fn(CUstream stream, CUdeviceptr address, cuuint32_t value,
+                               unsigned int flags);
+
+/* The driver's stream wait, without linking libcuda. */
+static wait_value_fn *wait_value_find(void)
+{
+    void *found = NULL;
+    enum cudaDriverEntryPointQueryResult result;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", &found, 12000,
+                                                     cudaEnableDefault, &result);
+    if (e != cudaSuccess || result != cudaDriverEntryPointSuccess || !found) {
+        skv_error("the driver has no cuStreamWaitValue32 (%d)", (int)result);
+        return NULL;
+    }
+    return (wait_value_fn *)found;
+}
+
+/* All gates in a row on the gate stream, each with an event for its layer to join. */
+static int enqueue_gates(struct hstu_cuda *c)
+{
+    wait_value_fn *wait_value = wait_value_find();
+    if (!wait_value)
+        return SKV_EDEVICE;
+    cudaError_t e = cudaEventRecord(c->fork, c->stream);
+    if (e == cudaSuccess)
+        e = cudaStreamWaitEvent(c->gate_stream, c->fork, 0);
+    for (uint32_t l = 0; l < c->model.geometry.layers && e == cudaSuccess; l++) {
+        CUresult waited = wait_value((CUstream)c->gate_stream, c->gate_address + l * 4, 1,
+                                     CU_STREAM_WAIT_VALUE_GEQ);
+        if (waited != CUDA_SUCCESS) {
+            skv_error("cuStreamWaitValue32: error %d", (int)waited);
+            return SKV_EDEVICE;
+        }
+        e = cudaEventRecord(c->joined[l], c->gate_stream);
+    }
+    return hstu_cuda_check(e, "capturing the gates");
+}
+
+static struct hstu_device_batch device_batch(const struct hstu_cuda *c)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    return (struct hstu_device_batch){
+        .row_start = a->counts->row_start,
+        .history = a->counts->history,
+        .cached = a->counts->cached,
+        .targets = a->counts->targets,
+        .page_start = a->counts->page_start,
+        .pages = a->page,
+        .row_sequence = a->row_sequence,
+        .slot = a->slot,
+        .slices = a->slices,
+        .work = a->work,
+        .work_count = &a->counts->work,
+        .target_start = a->counts->target_start,
+        .next = a->counts->next,
+    };
+}
+
+void hstu_cuda_attention_args(const struct hstu_cuda *c, uint32_t layer, uint32_t rows,
+                              struct hstu_attention_args *out)
+{
+    *out = (struct hstu_attention_args){
+        .geometry = c->model.geometry,
+        .layer = layer,
+        .rows = rows,
+        .group = c->model.group,
+        .inverse_n = 1.0f / (float)c->model.scaling_length,
+        .m = c->arena.m,
+        .pool = c->pool,
+        .pool_pages = c->pool_pages,
+        .batch = device_batch(c),
+        .partial = c->arena.partial,
+        .max_slices = hstu_plan_slices(rows),
+        .sm_count = (uint32_t)c->sm_count,
+    };
+}
+
+static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    const struct hstu_cuda_pinned *p = &c->pinned;
+    struct hstu_pull_args pull = {
+        .counts = p->counts,
+        .row = p->row,
+        .page = p->page,
+        .work = p->work,
+        .to_counts = a->counts,
+        .to_row_sequence = a->row_sequence,
+        .to_slot = a->slot,
+        .to_slices = a->slices,
+        .to_page = a->page,
+        .to_work = a->work,
+        .embedding = c->on_device.embedding,
+        .position = c->on_device.position,
+        .x = a->x,
+        .rows = rows,
+        .embed = c->model.embed,
+        .embedding_rows = c->model.embedding_rows,
+    };
+    return hstu_launch_pull(&pull, c->stream);
+}
+
+/* The wait for gate l: before the first node of layer l that touches pages. */
+static int enqueue_gate(struct hstu_cuda *c, uint32_t layer, bool gated)
+{
+    if (!gated)
+        return SKV_OK;
+    return hstu_cuda_check(cudaStreamWaitEvent(c->stream, c->joined[layer], 0), "joining a gate");
+}
+
+/* Is UVQK one kernel in graphs of this size? */
+static bool is_fused(const struct hstu_cuda *c, uint32_t rows)
+{
+    if (c->fusion != HSTU_UVQK_WHERE_IT_PAYS)
+        return c->fusion == HSTU_UVQK_ALWAYS;
+    return hstu_uvqk_sm90_pays(rows, 4 * c->model.geometry.heads * c->model.geometry.head_dim,
+                               (uint32_t)c->sm_count);
+}
+
+/* m = SiLU(normed W + b), K and V to pages: one kernel on Hopper, else a product and a pass. */
+static int enqueue_uvqk(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated,
+                        struct hstu_gemm_plan *plan)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
+    struct hstu_uvqk_args fused = {
+        .a = a->normed,
+        .b = w->uvqk,
+        .bias = w->uvqk_bias,
+        .m = a->m,
+        .pool = c->append_pool,
+        .slot = a->slot,
+        .geometry = c->model.geometry,
+        .layer = layer,
+        .rows = rows,
+        .n = 4 * c->model.geometry.heads * c->model.geometry.head_dim,
+        .k = c->model.embed,
+        .sm_count = (uint32_t)c->sm_count,
+        .early = !gated,
+    };
+    struct hstu_activate_args activate = {
+        .row_sequence = a->row_sequence,
+        .slot = a->slot,
+        .m = a->m,
+        .pool = c->append_pool,
+        .geometry = c->model.geometry,
+        .rows = rows,
+        .layer = layer,
+    };
+    int status;
+    if (is_fused(c, rows)) {
+        status = enqueue_gate(c, layer, gated);
+        return status == SKV_OK ? hstu_launch_uvqk_sm90(&fused, c->stream) : status;
+    }
+    if ((status = hstu_gemm_run(plan, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream)) !=
+            SKV_OK ||
+        (status = enqueue_gate(c, layer, gated)) != SKV_OK)
+        return status;
+    return hstu_launch_activate(&activate, c->stream);
+}
+
+static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated,
+                         struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
+{
+    const struct hstu_model *m = &c->model;
+    const struct hstu_cuda_arena *a = &c->arena;
+    const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
+    const uint32_t hd = m->geometry.heads * m->geometry.head_dim;
+    struct hstu_norm_args norm = {.row_sequence = a->row_sequence,
+                                  .x = a->x,
+                                  .weight = w->ln1_weight,
+                                  .bias = w->ln1_bias,
+                                  .out = a->normed,
+                                  .rows = rows,
+                                  .columns = m->embed,
+                                  .eps = m->eps};
+    struct hstu_gate_args gate = {.slices = a->slices,
+                                  .partial = a->partial,
+                                  .m = a->m,
+                                  .weight = w->ln2_weight,
+                                  .bias = w->ln2_bias,
+                                  .y = a->normed,
+                                  .rows = rows,
+                                  .columns = hd,
+                                  .inverse_n = 1.0f / (float)m->scaling_length,
+                                  .eps = m->eps,
+                                  .early = c->fusion != HSTU_UVQK_NEVER && rows <= EARLY_ROWS};
+    struct hstu_attention_args attention;
+    hstu_cuda_attention_args(c, layer, rows, &attention);
+
+    int status;
+    if ((status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
+        (status = enqueue_uvqk(c, rows, layer, gated, uvqk)) != SKV_OK ||
+        (status = c->path->launch(c->path_state, &attention, c->stream)) != SKV_OK ||
+        (status = hstu_launch_gate(&gate, c->stream)) != SKV_OK)
+        return status;
+    return hstu_gemm_run(projection, a->normed, w->projection, NULL, a->x, c->stream);
+}
+
+static int enqueue_head(struct hstu_cuda *c, uint32_t rows)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    struct hstu_head_args head = {
+        .batch = device_batch(c),
+        .x = a->x,
+        .weight1 = c->on_device.head1,
+        .bias1 = c->on_device.head1_bias,
+        .weight2 = c->on_device.head2,
+        .bias2 = c->on_device.head2_bias,
+        .candidate_row = a->candidate_row,
+        .inverse_norm = a->inverse_norm,
+        .hidden = a->hidden,
+        .logits = c->pinned.logits,
+        .row_count = &a->counts->candidates,
+        .rows = rows,
+        .embed = c->model.embed,
+        .hidden_columns = c->on_device.head_columns,
+        .outputs = c->model.head_out,
+    };
+    return hstu_launch_head(&head, c->stream);
+}
+
+static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
+                        struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
+{
+    const bool gated = instance & HSTU_CUDA_GATED, block = instance & HSTU_CUDA_BLOCK;
+    int status = SKV_OK;
+    if (gated)
+        status = enqueue_gates(c);
+    if (status == SKV_OK && block)
+        status = hstu_cuda_check(
+            cudaMemsetAsync(c->arena.counts->next, 0, sizeof c->arena.counts->next, c->stream),
+            "resetting the counters");
+    else if (status == SKV_OK)
+        status = enqueue_pull(c, rows);
+    for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++)
+        status = enqueue_layer(c, rows, l, gated, uvqk, projection);
+    return status == SKV_OK && !block ? enqueue_head(c, rows) : status;
+}
+
+/* ---- graphs ---- */
+
+static int capture(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
+                   struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection,
+                   cudaGraphExec_t *out)
+{
+    cudaGraph_t graph = NULL;
+    /* Thread-local: what the watcher thread or another session calls meanwhile is its own matter.
+     */
+    int status = hstu_cuda_check(
+        cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "starting a capture");
+    if (status != SKV_OK)
+        return status;
+    status = enqueue_pass(c, rows, instance, uvqk, projection);
+    int ended = hstu_cuda_check(cudaStreamEndCapture(c->stream, &graph), "capturing a pass");
+    if (status == SKV_OK)
+        status = ended;
+    if (status == SKV_OK)
+        status = hstu_cuda_check(cudaGraphInstantiate(out, graph, 0), "instantiating a graph");
+    if (graph)
+        cudaGraphDestroy(graph);
+    if (status == SKV_OK)
+        status = hstu_cuda_check(cudaGraphUpload(*out, c->stream), "uploading a graph");
+    return status;
+}
+
+int hstu_cuda_graph(struct hstu_cuda *c, uint32_t graph_rows, uint32_t instance,
+                    cudaGraphExec_t *out)
+{
+    uint32_t index;
+    hstu_cuda_graph_rows(graph_rows, &index);
+    if (index >= HSTU_CUDA_MAX_SIZES)
+        return SKV_EINVAL;
+    cudaGraphExec_t *kept = &c->graph[index][instance];
+    if (*kept) {
+        *out = *kept;
+        return SKV_OK;
+    }
+    const struct hstu_model *m = &c->model;
+    const uint32_t hd = m->geometry.heads * m->geometry.head_dim;
+    struct hstu_gemm_plan *uvqk = NULL, *projection = NULL;
+    size_t before = 0, after = 0, total;
+    cudaMemGetInfo(&before, &total);
+    int status = SKV_OK;
+    if (!is_fused(c, graph_rows))
+        status = hstu_gemm_plan(c->gemm, HSTU_PRODUCT_BIAS, graph_rows, 4 * hd, m->embed, &uvqk);
+    if (status == SKV_OK)
+        status =
+            hstu_gemm_plan(c->gemm, HSTU_PRODUCT_RESIDUAL, graph_rows, m->embed, hd, &projection);
+    if (status == SKV_OK)
+        status = capture(c, graph_rows, instance, uvqk, projection, kept);
+    hstu_gemm_plan_close(uvqk);
+    hstu_gemm_plan_close(projection);
+    if (status != SKV_OK) {
+        if (*kept)
+            cudaGraphExecDestroy(*kept);
+        *kept = NULL;
+        return status;
+    }
+    cudaMemGetInfo(&after, &total);
+    c->graphs++;
+    c->graphs_bytes += before > after ? before - after : 0;
+    *out = *kept;
+    return SKV_OK;
+}
+
+void hstu_cuda_graphs_close(struct hstu_cuda *c)
+{
+    for (uint32_t i = 0; i < HSTU_CUDA_MAX_SIZES; i++)
+        for (uint32_t k = 0; k < HSTU_CUDA_INSTANCES; k++)
+            if (c->graph[i][k])
+                cudaGraphExecDestroy(c->graph[i][k]);
+}

@@ -1,0 +1,160 @@
+/* The CUDA kernels around attention and the big products, as C functions: each enqueues on a
+ * cudaStream_t (here void *, so that no CUDA header is needed) and returns 0 or SKV_EDEVICE.
+ * Tensors are row-major; bf16 unless said otherwise. Rows of padding (row_sequence UINT32_MAX) are
+ * neither read nor written. */
+#ifndef HSTU_CUDA_KERNELS_H
+#define HSTU_CUDA_KERNELS_H
+
+#include <assert.h>
+
+#include "cuda_pass.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- pull (pull.cu): the batch from the pinned block to the device ---- */
+
+/* One query row in the pinned block: two words, so that the CPU writes them as fast as memory. */
+struct hstu_row {
+    uint64_t token;
+    uint64_t place; /* from bit 0: page * S + slot for K and V, 32 bits, all ones: nowhere; row of
+                       the position table, 16; sequence, 8, all ones for padding; slices, 8 */
+};
+enum {
+    HSTU_ROW_POSITION = 32,
+    HSTU_ROW_SEQUENCE = 48,
+    HSTU_ROW_SLICES = 56,
+    HSTU_ROW_PADDING = 255
+};
+static_assert(SKV_MAX_TOKENS <= UINT16_MAX && SKV_MAX_BATCH < HSTU_ROW_PADDING, "a place has room");
+static_assert(sizeof(struct hstu_row) == 16, "pull reads a row with one load");
+
+/* The pinned block's head; `counts` is copied as it is, the arrays behind it by their counts. */
+struct hstu_counts {
+    uint32_t row_start[SKV_MAX_BATCH + 1];
+    uint32_t page_start[SKV_MAX_BATCH + 1];
+    uint32_t target_start[SKV_MAX_BATCH + 1];
+    uint32_t history[SKV_MAX_BATCH];
+    uint32_t cached[SKV_MAX_BATCH];
+    uint32_t targets[SKV_MAX_BATCH];
+    uint32_t pages, work, candidates;
+    uint32_t next[SKV_MAX_LAYERS]; /* zeros */
+    uint32_t reserved[2];          /* the size is a multiple of 16 */
+};
+static_assert(sizeof(struct hstu_counts) % 16 == 0, "pull copies 16 bytes at a time");
+
+struct hstu_pull_args {
+    /* in pinned memory */
+    const struct hstu_counts *counts;
+    const struct hstu_row *row;
+    const uint32_t *page;
+    const struct hstu_work *work;
+    /* on the device */
+    struct hstu_counts *to_counts;
+    uint32_t *to_row_sequence, *to_slot, *to_page;
+    uint8_t *to_slices;
+    struct hstu_work *to_work;
+    /* x = bf16(emb * sqrt(E) + pos) */
+    const void *embedding, *position;
+    void *x;
+    uint32_t rows, embed, embedding_rows;
+};
+int hstu_launch_pull(const struct hstu_pull_args *args, void *stream);
+
+/* ---- norms and activation (elementwise.cu) ---- */
+
+/* out = LN(x; weight, bias, eps), one rounding. x, out [rows][columns], columns <= 2048. */
+struct hstu_norm_args {
+    const uint32_t *row_sequence;
+    const void *x, *weight, *bias;
+    void *out;
+    uint32_t rows, columns;
+    float eps;
+};
+int hstu_launch_norm(const struct hstu_norm_args *args, void *stream);
+
+/* m = SiLU(m) in place, and K and V of rows that have a slot to their page. m [rows][4HD]. */
+struct hstu_activate_args {
+    const uint32_t *row_sequence, *slot;
+    void *m, *pool;
+    struct skv_geometry geometry;
+    uint32_t rows, layer;
+};
+int hstu_launch_activate(const struct hstu_activate_args *args, void *stream);
+
+/* y = u * LN(sum of slices / N; weight, bias, eps) over the whole HD row; fp32 until the one
+ * rounding. u is the first part of m; partial fp32 [slices][rows][HD]. */
+struct hstu_gate_args {
+    const uint8_t *slices; /* 0: padding */
+    const float *partial;
+    const void *m, *weight, *bias;
+    void *y;
+    uint32_t rows, columns; /* HD */
+    float inverse_n, eps;
+    bool early; /* may start while attention ends */
+};
+int hstu_launch_gate(const struct hstu_gate_args *args, void *stream);
+
+/* ---- the head (head.cu) ---- */
+
+/* logits [candidates][outputs] fp32 = ReLU(x / max(|x|, 1e-6) W1 + b1) W2 + b2 of the candidate
+ * rows of x, in the batch's order. Hidden width is padded to a multiple of 64 with zero weights. */
+struct hstu_head_args {
+    struct hstu_device_batch batch;
+    const void *x; /* [rows][embed] */
+    const void *weight1, *bias1, *weight2, *bias2;
+    uint32_t *candidate_row;   /* scratch [rows] */
+    float *inverse_norm;       /* scratch [rows] */
+    float *hidden;             /* scratch [rows][hidden] */
+    float *logits;             /* pinned, [rows][outputs] */
+    const uint32_t *row_count; /* candidates, one word on the device */
+    uint32_t rows, embed, hidden_columns, outputs;
+};
+int hstu_launch_head(const struct hstu_head_args *args, void *stream);
+
+/* ---- products (gemm_mma.cu): where cuBLASLt is missing, and the head's ---- */
+
+enum hstu_product {
+    HSTU_PRODUCT_BIAS,     /* out = a b + extra, extra [n] bf16; out bf16 */
+    HSTU_PRODUCT_RESIDUAL, /* out += a b, out bf16 */
+    HSTU_PRODUCT_HEAD,     /* out = ReLU(a b * scale[row] + extra), out fp32 */
+};
+
+/* a [rows][k], b [k][n], out [rows][n]; k and n multiples of 64. */
+struct hstu_product_args {
+    const void *a, *b, *extra;
+    void *out;
+    const uint32_t *a_row; /* row of a for each row of out, or NULL: the same */
+    const float *scale;
+    const uint32_t *row_count; /* on the device: compute only this many rows, or NULL: all */
+    uint32_t rows, n, k;
+};
+int hstu_launch_product(enum hstu_product product, const struct hstu_product_args *args,
+                        void *stream);
+
+/* ---- UVQK in one kernel (gemm_sm90.cu): compute capability 9.0 ---- */
+
+enum hstu_uvqk_shape { HSTU_UVQK_ANY, HSTU_UVQK_LARGE, HSTU_UVQK_SMALL };
+
+/* What HSTU_PRODUCT_BIAS and activate do together. a [rows][k], b [k][n], m [rows][n], n = 4HD.
+ * Rows of padding are computed like any other. */
+struct hstu_uvqk_args {
+    const void *a, *b, *bias;
+    void *m, *pool;
+    const uint32_t *slot;
+    struct skv_geometry geometry;
+    uint32_t layer, rows, n, k, sm_count;
+    bool early;                 /* may start while the norm before it ends; not behind a gate */
+    enum hstu_uvqk_shape shape; /* of the tiles; for tests */
+};
+int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream);
+/* Is it faster than cuBLASLt and a pass? On an H200, k 1024: with a tile a block (by 8 %), and from
+ * 16 tiles a block on (by 4 to 9 %); between them cuBLASLt's better product wins by about as much.
+ */
+bool hstu_uvqk_sm90_pays(uint32_t rows, uint32_t n, uint32_t sm_count);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,201 @@
+/* What a CUDA runner holds: its weights (one upload), one arena for all graphs and layers, one
+ * pinned block at a fixed address. Taken when the runner opens, given back when it closes. Plain
+ * cudaMalloc, no managed memory. */
+#include "cuda_state.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "log.h"
+
+enum { ALIGN = 256, WORKSPACE_BYTES = 32 << 20 /* what cuBLASLt asks for on Hopper */ };
+
+static uint64_t round_up(uint64_t value, uint64_t to)
+{
+    return (value + to - 1) / to * to;
+}
+
+/* Hands out parts of one allocation: called twice, first with a NULL base to learn the size. */
+struct carver {
+    char *base;
+    uint64_t used;
+};
+
+static void *carve(struct carver *c, uint64_t bytes)
+{
+    uint64_t at = c->used;
+    c->used = round_up(at + bytes, ALIGN);
+    return c->base ? c->base + at : NULL;
+}
+
+/* ---- weights ---- */
+
+static void carve_weights(struct hstu_cuda *c, struct carver *at)
+{
+    const struct hstu_model *m = &c->model;
+    const uint64_t E = m->embed, HD = (uint64_t)m->geometry.heads * m->geometry.head_dim;
+    struct hstu_cuda_weights *w = &c->on_device;
+    w->head_columns = (uint32_t)round_up(m->head_hidden, 64);
+    for (uint32_t l = 0; l < m->geometry.layers; l++) {
+        struct hstu_cuda_layer *k = &w->layer[l];
+        k->ln1_weight = carve(at, E * 2);
+        k->ln1_bias = carve(at, E * 2);
+        k->uvqk = carve(at, E * 4 * HD * 2);
+        k->uvqk_bias = carve(at, 4 * HD * 2);
+        k->ln2_weight = carve(at, HD * 2);
+        k->ln2_bias = carve(at, HD * 2);
+        k->projection = carve(at, HD * E * 2);
+    }
+    w->embedding = carve(at, m->embedding_rows * E * 2);
+    w->position = carve(at, m->position_buckets * E * 2);
+    w->head1 = carve(at, E * w->head_columns * 2);
+    w->head1_bias = carve(at, (uint64_t)w->head_columns * 2);
+    w->head2 = carve(at, (uint64_t)w->head_columns * m->head_out * 2);
+    w->head2_bias = carve(at, (uint64_t)m->head_out * 2);
+}
+
+static cudaError_t upload(void *to, const uint16_t *from, uint64_t count)
+{
+    return cudaMemcpy(to, from, count * 2, cudaMemcpyHostToDevice);
+}
+
+static cudaError_t upload_all(struct hstu_cuda *c)
+{
+    const struct hstu_model *m = &c->model;
+    const uint64_t E = m->embed, HD = (uint64_t)m->geometry.heads * m->geometry.head_dim;
+    struct hstu_cuda_weights *w = &c->on_device;
+    const struct hstu_weights *from = c->weights;
+    cudaError_t e = cudaMemset(w->memory, 0, w->bytes);
+    for (uint32_t l = 0; l < m->geometry.layers && e == cudaSuccess; l++) {
+        struct hstu_cuda_layer *k = &w->layer[l];
+        const struct hstu_layer_weights *f = &from->layer[l];
+        if ((e = upload(k->ln1_weight, f->ln1_weight, E)) == 0 &&
+            (e = upload(k->ln1_bias, f->ln1_bias, E)) == 0 &&
+            (e = upload(k->uvqk, f->uvqk, E * 4 * HD)) == 0 &&
+            (e = upload(k->uvqk_bias, f->uvqk_bias, 4 * HD)) == 0 &&
+            (e = upload(k->ln2_weight, f->ln2_weight, HD)) == 0 &&
+            (e = upload(k->ln2_bias, f->ln2_bias, HD)) == 0)
+            e = upload(k->projection, f->projection, HD * E);
+    }
+    if (e == 0 && (e = upload(w->embedding, from->embedding, m->embedding_rows * E)) == 0 &&
+        (e = upload(w->position, from->position, m->position_buckets * E)) == 0 &&
+        (e = cudaMemcpy2D(w->head1, w->head_columns * 2, from->head1, m->head_hidden * 2,
+                          m->head_hidden * 2, E, cudaMemcpyHostToDevice)) == 0 &&
+        (e = upload(w->head1_bias, from->head1_bias, m->head_hidden)) == 0 &&
+        (e = upload(w->head2, from->head2, (uint64_t)m->head_hidden * m->head_out)) == 0)
+        e = upload(w->head2_bias, from->head2_bias, m->head_out);
+    return e;
+}
+
+/* ---- arena ---- */
+
+/* Rows of all planes of partial sums, of whichever graph has the most. */
+static uint64_t partial_rows(uint32_t arena_rows)
+{
+    uint64_t most = arena_rows;
+    uint32_t index, rows = 0;
+    while (rows < arena_rows) {
+        rows = hstu_cuda_graph_rows(rows + 1, &index);
+        uint64_t planes = (uint64_t)rows * hstu_plan_slices(rows);
+        most = planes > most ? planes : most;
+    }
+    return most;
+}
+
+static void carve_arena(struct hstu_cuda *c, struct carver *at)
+{
+    const struct hstu_model *m = &c->model;
+    const uint64_t E = m->embed, HD = (uint64_t)m->geometry.heads * m->geometry.head_dim;
+    const uint64_t rows = c->arena_rows;
+    struct hstu_cuda_arena *a = &c->arena;
+    a->counts = carve(at, sizeof *a->counts);
+    a->row_sequence = carve(at, rows * 4);
+    a->slot = carve(at, rows * 4);
+    a->slices = carve(at, rows);
+    a->page = carve(at, (uint64_t)c->page_capacity * 4);
+    a->work = carve(at, c->work_capacity * sizeof *a->work);
+    uint64_t hidden_bytes = rows * c->on_device.head_columns * 4, m_bytes = rows * 4 * HD * 2;
+    a->activations = carve(at, 0);
+    a->x = carve(at, rows * E * 2);
+    a->normed = carve(at, rows * (E > HD ? E : HD) * 2);
+    a->m = carve(at, m_bytes > hidden_bytes ? m_bytes : hidden_bytes);
+    a->hidden = a->m;
+    a->partial = carve(at, partial_rows(c->arena_rows) * HD * 4);
+    a->candidate_row = carve(at, rows * 4);
+    a->inverse_norm = carve(at, rows * 4);
+    a->workspace_bytes = WORKSPACE_BYTES;
+    a->workspace = carve(at, WORKSPACE_BYTES);
+}
+
+int hstu_cuda_poison(struct hstu_cuda *c)
+{
+    struct hstu_cuda_arena *a = &c->arena;
+    /* All ones is NaN in bf16 and in fp32, and an impossible index. */
+    uint64_t bytes = (uint64_t)((char *)a->workspace - a->activations);
+    cudaError_t e = cudaMemset(a->activations, 0xff, bytes);
+    if (e == cudaSuccess)
+        e = cudaMemset(a->row_sequence, 0xff,
+                       (uint64_t)((char *)a->activations - (char *)a->row_sequence));
+    if (e == cudaSuccess)
+        e = cudaDeviceSynchronize();
+    return hstu_cuda_check(e, "poisoning the arena");
+}
+
+/* ---- the pinned block ---- */
+
+static void carve_pinned(struct hstu_cuda *c, struct carver *at)
+{
+    struct hstu_cuda_pinned *p = &c->pinned;
+    p->counts = carve(at, sizeof *p->counts);
+    p->row = carve(at, c->arena_rows * sizeof *p->row);
+    p->page = carve(at, (uint64_t)c->page_capacity * 4);
+    p->work = carve(at, c->work_capacity * sizeof *p->work);
+    p->logits = carve(at, (uint64_t)c->arena_rows * c->model.head_out * 4);
+}
+
+int hstu_cuda_memory_open(struct hstu_cuda *c)
+{
+    struct carver at = {0};
+    int status;
+    carve_weights(c, &at);
+    c->on_device.bytes = at.used;
+    status = hstu_cuda_check(cudaMalloc(&c->on_device.memory, at.used), "memory for the weights");
+    if (status != SKV_OK)
+        return status;
+    at = (struct carver){.base = c->on_device.memory};
+    carve_weights(c, &at);
+    status = hstu_cuda_check(upload_all(c), "uploading the weights");
+    if (status != SKV_OK)
+        return status;
+
+    at = (struct carver){0};
+    carve_arena(c, &at);
+    c->arena.bytes = at.used;
+    status =
+        hstu_cuda_check(cudaMalloc((void **)&c->arena.memory, at.used), "memory for the arena");
+    if (status != SKV_OK)
+        return status;
+    at = (struct carver){.base = c->arena.memory};
+    carve_arena(c, &at);
+
+    at = (struct carver){0};
+    carve_pinned(c, &at);
+    c->pinned.bytes = at.used;
+    status = hstu_cuda_check(
+        cudaHostAlloc((void **)&c->pinned.memory, at.used, cudaHostAllocPortable), "pinned memory");
+    if (status != SKV_OK)
+        return status;
+    memset(c->pinned.memory, 0, at.used);
+    at = (struct carver){.base = c->pinned.memory};
+    carve_pinned(c, &at);
+    c->row_slices = calloc(c->arena_rows, sizeof *c->row_slices);
+    return c->row_slices ? SKV_OK : SKV_ENOMEM;
+}
+
+void hstu_cuda_memory_close(struct hstu_cuda *c)
+{
+    free(c->row_slices);
+    cudaFreeHost(c->pinned.memory);
+    cudaFree(c->arena.memory);
+    cudaFree(c->on_device.memory);
+}

@@ -1,0 +1,111 @@
+/* What the CUDA kernels of one pass share: the batch as it lies on the device, the attention work
+ * list, and the contract of an attention path. Plain C, so that the planner and its tests need no
+ * GPU.
+ *
+ * The runner writes a batch into one pinned block (cuda_batch.c lays it out); the graph's first
+ * node, `pull`, copies it to the fixed device addresses of struct hstu_device_batch and embeds the
+ * rows. A launch thus patches nothing.
+ *
+ * Two attention paths: "sm90" (wgmma, TMA; compute capability 9.0) and "portable" (mma.sync,
+ * cp.async; 8.0 and up; at most 99 KiB of shared memory a block). HSTU_KERNELS=portable forces the
+ * second. */
+#ifndef HSTU_CUDA_PASS_H
+#define HSTU_CUDA_PASS_H
+
+#include "hstu.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* One block's share of attention: `rows` query rows (at most the path's tile) from local row `row0`
+ * of a sequence, one head, keys [key0, key1) by absolute position (in-flight keys included: key t
+ * >= cached is local row t - cached). Partial sums go to slice `slice` of the output, every row and
+ * every column of the head, even when no key was allowed (zeros then).
+ *
+ * The slices of one tile partition [0, a1), a1 being one past the tile's last absolute row; key0 is
+ * a multiple of the path's key_step, and only the last slice goes past h. Between h and the
+ * candidates' own groups lie keys that no row of the tile may see: skip them by tiles. */
+struct hstu_work {
+    uint32_t sequence, head;
+    uint32_t row0;
+    uint32_t key0, key1;
+    uint32_t slice;
+    uint32_t rows;     /* 1 to tile_rows */
+    uint32_t reserved; /* 0 */
+};
+
+/* Fixed device addresses. Lengths are data: a graph is captured for `rows` only. */
+struct hstu_device_batch {
+    const uint32_t *row_start;    /* [batch + 1] first query row of a sequence */
+    const uint32_t *history;      /* [batch] h */
+    const uint32_t *cached;       /* [batch] c */
+    const uint32_t *targets;      /* [batch] T */
+    const uint32_t *page_start;   /* [batch + 1] into pages */
+    const uint32_t *pages;        /* page ids, ceil(c / S) a sequence */
+    const uint32_t *row_sequence; /* [rows] sequence of a row, UINT32_MAX for padding */
+    const uint32_t
+        *slot; /* [rows] page * S + slot where K and V of the row go, UINT32_MAX: nowhere */
+    const uint8_t *slices; /* [rows] slices of the row to sum, at least 1; 0 for padding */
+    const struct hstu_work *work;
+    const uint32_t *work_count;   /* one word */
+    const uint32_t *target_start; /* [batch + 1] first logit row of a sequence */
+    uint32_t *next; /* [layers] 0 when a pass starts: launch l may draw its items from next[l] by
+                       atomicAdd. Not NULL for the portable path. */
+};
+
+/* Everything an attention launch needs. Activations m [rows][4*H*D] bf16, post-SiLU, in flat order
+ * u|v|q|k. */
+struct hstu_attention_args {
+    struct skv_geometry geometry;
+    uint32_t layer;
+    uint32_t rows;   /* of the graph, padding included; for open(): of the largest graph */
+    uint32_t group;  /* g */
+    float inverse_n; /* 1 / N, applied once, to the sum of slices, by the kernel that sums them */
+    const void *m;
+    const void *pool; /* page 0; may be NULL when no sequence has cached tokens */
+    uint64_t pool_pages;
+    struct hstu_device_batch batch;
+    float *partial;      /* out, fp32 [slices][rows][H*D], before the division by N */
+    uint32_t max_slices; /* planes of partial */
+    uint32_t sm_count;
+};
+
+struct hstu_attention_path {
+    const char *name;
+    /* Query rows of a work item (the tile) for a head dim, and the key granularity of a slice. */
+    uint32_t (*tile_rows)(uint32_t head_dim);
+    uint32_t key_step;
+    /* Anything to prepare before capture (function attributes, tensor maps over m and the pool),
+     * once per runner: the addresses in `args` are those of every later launch. `state` is the
+     * path's own; free it with close. */
+    int (*open)(const struct hstu_attention_args *args, void **state);
+    void (*close)(void *state);
+    /* Enqueues attention of args->layer on the stream (a cudaStream_t): a persistent grid that
+     * walks the work list. Called while the stream is being captured. */
+    int (*launch)(void *state, const struct hstu_attention_args *args, void *stream);
+};
+extern const struct hstu_attention_path hstu_attention_portable;
+extern const struct hstu_attention_path hstu_attention_sm90;
+
+/* The work list of a batch, longest items first; deterministic. The split of a sequence depends
+ * only on `rows` (the graph size), the path and this sequence's own c, n and T, so that batch mates
+ * never change a bit. Writes slices per row too, 0 for padding. Returns the number of items, or 0
+ * when `capacity` is too small. */
+uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geometry *geometry,
+                   uint32_t group, const struct hstu_sequence *sequences, uint32_t count,
+                   uint32_t rows, uint32_t sm_count, uint32_t max_slices, struct hstu_work *work,
+                   uint32_t capacity, uint8_t *row_slices);
+
+/* Planes of partial sums that a graph of `rows` rows has: many for small batches, which need the
+ * split, one for large ones. */
+uint32_t hstu_plan_slices(uint32_t rows);
+
+/* Items that a plan of `rows` rows in at most `batch` sequences can have. */
+uint32_t hstu_plan_capacity(const struct hstu_attention_path *path,
+                            const struct skv_geometry *geometry, uint32_t rows, uint32_t batch);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

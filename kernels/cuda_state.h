@@ -1,0 +1,136 @@
+/* The CUDA runner's state, shared by its four files:
+ *   cuda_runner.c  the backend: open, launch, wait, close
+ *   cuda_memory.c  what it holds on the device: weights, arena, the pinned block
+ *   cuda_batch.c   a batch checked and written into the pinned block
+ *   cuda_graph.c   a pass enqueued, captured, kept by size
+ * Tests and benches may look in here too. */
+#ifndef HSTU_CUDA_STATE_H
+#define HSTU_CUDA_STATE_H
+
+#include <cuda_runtime_api.h>
+
+#include "cuda_gemm.h"
+#include "cuda_kernels.h"
+#include "cuda_paths.h"
+#include "layers.h"
+
+/* One layer's weights on the device. */
+struct hstu_cuda_layer {
+    void *ln1_weight, *ln1_bias, *uvqk, *uvqk_bias, *ln2_weight, *ln2_bias, *projection;
+};
+
+struct hstu_cuda_weights {
+    void *memory; /* one allocation behind all of them */
+    uint64_t bytes;
+    struct hstu_cuda_layer layer[SKV_MAX_LAYERS];
+    void *embedding, *position;
+    void *head1, *head1_bias, *head2, *head2_bias;
+    uint32_t head_columns; /* head_hidden rounded up to 64; the added columns are zero */
+};
+
+/* One allocation for every graph and layer: a pass ends before the next begins, and a layer's
+ * activations are dead when it ends. Sized for the largest graph. */
+struct hstu_cuda_arena {
+    char *memory;
+    uint64_t bytes;
+    /* the batch, written by pull */
+    struct hstu_counts *counts;
+    uint32_t *row_sequence, *slot; /* [rows] */
+    uint8_t *slices;               /* [rows] */
+    uint32_t *page;                /* [page_capacity] */
+    struct hstu_work *work;        /* [work_capacity] */
+    /* activations: from here to the end poison may fill */
+    char *activations;
+    void *x;        /* [rows][E] */
+    void *normed;   /* [rows][max(E, HD)]: LN's output, then y */
+    void *m;        /* [rows][4HD] */
+    float *partial; /* [slices][rows][HD] */
+    float *hidden;  /* [rows][head_columns], in m's place */
+    uint32_t *candidate_row;
+    float *inverse_norm; /* [rows] both */
+    void *workspace;     /* cuBLASLt's */
+    uint64_t workspace_bytes;
+};
+
+/* The pinned block: written by the CPU before a launch, read by pull; logits the other way. */
+struct hstu_cuda_pinned {
+    char *memory;
+    uint64_t bytes;
+    struct hstu_counts *counts;
+    struct hstu_row *row;
+    uint32_t *page;
+    struct hstu_work *work;
+    float *logits; /* [rows][head_out] */
+};
+
+/* Which instance of a size: OR of these. */
+enum hstu_cuda_instance {
+    HSTU_CUDA_GATED = 1, /* waits for gate l before layer l touches pages */
+    HSTU_CUDA_BLOCK = 2, /* the layers alone, on what the last pull left: for benches */
+    HSTU_CUDA_INSTANCES = 4,
+};
+
+enum { HSTU_CUDA_MAX_SIZES = 512 };
+
+struct hstu_cuda {
+    const struct hstu_weights *weights;
+    struct hstu_model model; /* = weights->model */
+    int ordinal;
+    int sm_count;
+    void *pool, *append_pool; /* page 0: to read, to write */
+    uint64_t pool_pages;
+    uint32_t max_rows, max_batch;
+    uint32_t arena_rows;    /* of the largest graph */
+    uint32_t page_capacity; /* of the pinned block and the arena */
+    uint32_t work_capacity;
+    uint32_t *gate_row;     /* on the host, or NULL */
+    uintptr_t gate_address; /* of its first word, on the device */
+
+    struct hstu_cuda_weights on_device;
+    struct hstu_cuda_arena arena;
+    struct hstu_cuda_pinned pinned;
+    uint8_t *row_slices; /* [arena_rows] the planner's */
+
+    const struct hstu_attention_path *path;
+    void *path_state;
+    struct hstu_gemm *gemm;
+    enum hstu_uvqk_fusion fusion;
+    cudaStream_t stream, gate_stream;
+    cudaEvent_t done; /* after every pass */
+    cudaEvent_t fork, joined[SKV_MAX_LAYERS];
+    cudaGraphExec_t graph[HSTU_CUDA_MAX_SIZES][HSTU_CUDA_INSTANCES];
+    uint32_t graphs;
+    uint64_t graphs_bytes, context_bytes;
+
+    bool running;        /* launched, not waited for */
+    uint32_t candidates; /* of the running pass */
+    uint32_t rows;       /* query rows of it */
+};
+
+/* Translates and logs a CUDA error: 0, SKV_ENOMEM, SKV_ENODEVICE or SKV_EDEVICE. */
+int hstu_cuda_check(cudaError_t error, const char *what);
+
+/* cuda_memory.c */
+int hstu_cuda_memory_open(struct hstu_cuda *c);
+void hstu_cuda_memory_close(struct hstu_cuda *c);
+/* Fills the activations with NaN, for tests. The runner must be idle. */
+int hstu_cuda_poison(struct hstu_cuda *c);
+
+/* cuda_batch.c: checks and writes the pinned block; sets rows and candidates. SKV_EINVAL changes
+ * nothing. */
+int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, uint32_t count,
+                    uint32_t *graph_rows);
+
+/* cuda_graph.c */
+/* What attention of one layer is given in a graph of `rows` rows. */
+void hstu_cuda_attention_args(const struct hstu_cuda *c, uint32_t layer, uint32_t rows,
+                              struct hstu_attention_args *out);
+/* Rows of the graph that takes `rows`: multiples of 64 up to 1024, of 128 up to 8192, then of 256.
+ * The index is dense. */
+uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index);
+/* The instance of a size, captured if need be. */
+int hstu_cuda_graph(struct hstu_cuda *c, uint32_t graph_rows, uint32_t instance,
+                    cudaGraphExec_t *out);
+void hstu_cuda_graphs_close(struct hstu_cuda *c);
+
+#endif

@@ -1,0 +1,296 @@
+/* The element-wise kernels of a layer: norm before UVQK, activation after it, gate before the
+ * projection. Each reads and writes every element once, 16 bytes a thread; statistics are fp32, two
+ * passes over registers. */
+#include "cuda_kernels.h"
+
+#include <cuda_runtime.h>
+
+#include "mma.cuh"
+
+namespace
+{
+
+struct eight {
+    float v[8];
+};
+
+__device__ __forceinline__ eight widen(uint4 bits)
+{
+    float2 a = mma::unpack(bits.x), b = mma::unpack(bits.y), c = mma::unpack(bits.z),
+           d = mma::unpack(bits.w);
+    return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+
+__device__ __forceinline__ uint4 narrow(const eight &e)
+{
+    return make_uint4(mma::pack(e.v[0], e.v[1]), mma::pack(e.v[2], e.v[3]),
+                      mma::pack(e.v[4], e.v[5]), mma::pack(e.v[6], e.v[7]));
+}
+
+__device__ __forceinline__ float warp_sum(float x)
+{
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2)
+        x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+/* ---- norm: one warp a row ---- */
+
+constexpr int NORM_WARPS = 4;
+
+template <int CHUNKS>
+__global__ void __launch_bounds__(NORM_WARPS * 32)
+    norm_kernel(const __grid_constant__ hstu_norm_args a)
+{
+    const uint32_t row = blockIdx.x * NORM_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    mma::dependency_trigger(); /* UVQK fetches weights meanwhile */
+    if (row >= a.rows)
+        return;
+    /* Asked for beside the row itself; padding is computed too, but not stored. */
+    const bool padding = a.row_sequence[row] == UINT32_MAX;
+    const uint32_t chunks = a.columns / 8;
+    const uint4 *x = static_cast<const uint4 *>(a.x) + (uint64_t)row * chunks;
+    eight e[CHUNKS];
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        uint32_t at = i * 32 + lane;
+        e[i] = widen(at < chunks ? x[at] : make_uint4(0, 0, 0, 0));
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            sum += e[i].v[k];
+    }
+    const float mean = warp_sum(sum) / a.columns;
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        bool in = i * 32 + lane < chunks;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            float d = e[i].v[k] - mean;
+            square += in ? d * d : 0.0f;
+        }
+    }
+    const float scale = rsqrtf(warp_sum(square) / a.columns + a.eps);
+    uint4 *out = static_cast<uint4 *>(a.out) + (uint64_t)row * chunks;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        uint32_t at = i * 32 + lane;
+        if (at >= chunks || padding)
+            break;
+        eight w = widen(__ldg(static_cast<const uint4 *>(a.weight) + at));
+        eight b = widen(__ldg(static_cast<const uint4 *>(a.bias) + at));
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            e[i].v[k] = (e[i].v[k] - mean) * scale * w.v[k] + b.v[k];
+        out[at] = narrow(e[i]);
+    }
+}
+
+/* ---- activate: one block a row ---- */
+
+constexpr int ACTIVATE_THREADS = 256;
+
+__global__ void __launch_bounds__(ACTIVATE_THREADS)
+    activate_kernel(const __grid_constant__ hstu_activate_args a)
+{
+    const uint32_t row = blockIdx.x;
+    if (a.row_sequence[row] == UINT32_MAX)
+        return;
+    const uint32_t slot = a.slot[row];
+    const uint32_t part = a.geometry.heads * a.geometry.head_dim / 8; /* chunks of u, v, q or k */
+    const uint32_t dim = a.geometry.head_dim / 8;
+    uint4 *m = static_cast<uint4 *>(a.m) + (uint64_t)row * 4 * part;
+    /* Chunk 0 of K of this layer and token, head 0. */
+    uint4 *page = nullptr;
+    if (slot != UINT32_MAX)
+        page = static_cast<uint4 *>(a.pool) +
+               (((uint64_t)(slot / a.geometry.page_tokens) * a.geometry.layers + a.layer) * 2 *
+                    a.geometry.heads * a.geometry.page_tokens +
+                slot % a.geometry.page_tokens) *
+                   dim;
+#pragma unroll 2
+    for (uint32_t i = threadIdx.x; i < 4 * part; i += ACTIVATE_THREADS) {
+        eight e = widen(m[i]);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            e.v[k] = mma::silu(e.v[k]);
+        uint4 bits = narrow(e);
+        m[i] = bits;
+        uint32_t which = i / part; /* u, v, q, k */
+        if (page && (which == 1 || which == 3)) {
+            uint32_t head = i % part / dim, kv = which == 1;
+            page[(uint64_t)(kv * a.geometry.heads + head) * a.geometry.page_tokens * dim +
+                 i % dim] = bits;
+        }
+    }
+}
+
+/* ---- gate: one block a row ---- */
+
+/* The sum over the block; every thread gets it. `shared` [32] may be used again right after. */
+template <int THREADS> __device__ __forceinline__ float block_sum(float x, float *shared)
+{
+    x = warp_sum(x);
+    if (THREADS == 32)
+        return x;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0)
+        shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++)
+        sum += shared[i];
+    return sum;
+}
+
+/* Adds N slices, all of them in flight at once, in their order. */
+template <int N>
+__device__ __forceinline__ void add_slices(eight &e, const float4 *o, uint64_t plane)
+{
+    float4 low[N], high[N];
+#pragma unroll
+    for (int s = 0; s < N; s++) {
+        low[s] = __ldcs(o + s * plane);
+        high[s] = __ldcs(o + s * plane + 1);
+    }
+#pragma unroll
+    for (int s = 0; s < N; s++) {
+        e.v[0] += low[s].x, e.v[1] += low[s].y, e.v[2] += low[s].z, e.v[3] += low[s].w;
+        e.v[4] += high[s].x, e.v[5] += high[s].y, e.v[6] += high[s].z, e.v[7] += high[s].w;
+    }
+}
+
+/* The sum of a row's slices in the order of slices, always: the same bits whoever computed them. */
+__device__ __forceinline__ eight sum_slices(const float4 *o, uint64_t plane, uint32_t slices)
+{
+    eight e = {};
+    for (; slices >= 8; slices -= 8, o += 8 * plane)
+        add_slices<8>(e, o, plane);
+    if (slices & 4) {
+        add_slices<4>(e, o, plane);
+        o += 4 * plane;
+    }
+    if (slices & 2) {
+        add_slices<2>(e, o, plane);
+        o += 2 * plane;
+    }
+    if (slices & 1)
+        add_slices<1>(e, o, plane);
+    return e;
+}
+
+/* Half the threads that fit: the loads in flight need the registers. */
+template <int THREADS, int CHUNKS>
+__global__ void __launch_bounds__(THREADS, CHUNKS > 2 ? 1 : 1024 / THREADS)
+    gate_kernel(const __grid_constant__ hstu_gate_args a)
+{
+    __shared__ float shared[32];
+    const uint32_t row = blockIdx.x;
+    const uint32_t slices = a.slices[row], chunks = a.columns / 8;
+    mma::dependency_wait();
+    if (slices == 0) /* padding */
+        return;
+    const uint64_t plane = (uint64_t)a.rows * chunks * 2; /* in float4 */
+    const float4 *o = reinterpret_cast<const float4 *>(a.partial) + (uint64_t)row * chunks * 2;
+    eight e[CHUNKS];
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        uint32_t at = i * THREADS + threadIdx.x;
+        e[i] = at < chunks ? sum_slices(o + at * 2, plane, slices) : eight{};
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            e[i].v[k] *= a.inverse_n;
+            sum += e[i].v[k];
+        }
+    }
+    const float mean = block_sum<THREADS>(sum, shared) / a.columns;
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        bool in = i * THREADS + threadIdx.x < chunks;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            float d = e[i].v[k] - mean;
+            square += in ? d * d : 0.0f;
+        }
+    }
+    const float scale = rsqrtf(block_sum<THREADS>(square, shared) / a.columns + a.eps);
+    const uint4 *u = static_cast<const uint4 *>(a.m) + (uint64_t)row * chunks * 4;
+    uint4 *y = static_cast<uint4 *>(a.y) + (uint64_t)row * chunks;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        uint32_t at = i * THREADS + threadIdx.x;
+        if (at >= chunks)
+            break;
+        eight w = widen(__ldg(static_cast<const uint4 *>(a.weight) + at));
+        eight b = widen(__ldg(static_cast<const uint4 *>(a.bias) + at));
+        eight g = widen(u[at]);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            e[i].v[k] = ((e[i].v[k] - mean) * scale * w.v[k] + b.v[k]) * g.v[k];
+        y[at] = narrow(e[i]);
+    }
+}
+
+int last_error()
+{
+    return cudaGetLastError() == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+}
+
+} // namespace
+
+int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
+{
+    cudaStream_t s = (cudaStream_t)stream;
+    uint32_t blocks = (args->rows + NORM_WARPS - 1) / NORM_WARPS;
+    if (args->columns <= 256)
+        norm_kernel<1><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
+    else if (args->columns <= 512)
+        norm_kernel<2><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
+    else if (args->columns <= 1024)
+        norm_kernel<4><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
+    else
+        norm_kernel<8><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
+    return last_error();
+}
+
+int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)
+{
+    activate_kernel<<<args->rows, ACTIVATE_THREADS, 0, (cudaStream_t)stream>>>(*args);
+    return last_error();
+}
+
+template <int THREADS, int CHUNKS>
+static int launch_gate(const struct hstu_gate_args *args, cudaStream_t stream)
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(args->rows);
+    config.blockDim = dim3(THREADS);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = args->early ? 1 : 0;
+    cudaError_t e = cudaLaunchKernelEx(&config, gate_kernel<THREADS, CHUNKS>, *args);
+    return e == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+}
+
+int hstu_launch_gate(const struct hstu_gate_args *args, void *stream)
+{
+    cudaStream_t s = (cudaStream_t)stream;
+    uint32_t chunks = args->columns / 8;
+    if (chunks <= 32)
+        return launch_gate<32, 1>(args, s);
+    if (chunks <= 128)
+        return launch_gate<128, 1>(args, s);
+    if (chunks <= 256)
+        return launch_gate<256, 1>(args, s);
+    if (chunks <= 512)
+        return launch_gate<256, 2>(args, s);
+    return launch_gate<256, 8>(args, s);
+}

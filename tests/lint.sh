@@ -1,0 +1,44 @@
+#!/bin/sh
+# Linters over the tree: clang-format, cppcheck, who may include what, and a few rules of the house. Exit 1 on any finding.
+set -u
+cd "$(dirname "$0")/.."
+bad=0
+sources=$(ls common/*.[ch] include/*.h kernels/*.[ch] storage/*.[ch] daemon/*.[ch] client/*.[ch] tests/*.[ch] bench/*.[ch] 2>/dev/null)
+
+clang-format --dry-run --Werror $sources 2>/tmp/sidekv-format.$$ || {
+    bad=1
+    echo "clang-format: run clang-format -i on:"
+    sed -n 's/^\([^:]*\):.*/  \1/p' /tmp/sidekv-format.$$ | sort -u
+}
+rm -f /tmp/sidekv-format.$$
+
+cppcheck --quiet --std=c11 --language=c --inline-suppr --error-exitcode=1 --enable=warning \
+    --suppress=missingIncludeSystem --suppress=unknownMacro --suppress=normalCheckLevelMaxBranches \
+    -j2 -Iinclude -Icommon -Ikernels -Istorage -Idaemon -Iclient common daemon client storage kernels/*.c >/tmp/sidekv-cpp.$$ 2>&1 || {
+    bad=1
+    cat /tmp/sidekv-cpp.$$
+}
+rm -f /tmp/sidekv-cpp.$$
+
+printf '%s\n' daemon/*.c client/skv_*.c | xargs -P2 -n4 clang-tidy --quiet \
+    -checks='-*,bugprone-*,clang-analyzer-core.*,-clang-analyzer-core.NullDereference,-bugprone-easily-swappable-parameters,-bugprone-reserved-identifier,-bugprone-branch-clone,-bugprone-sizeof-expression,-bugprone-narrowing-conversions,-bugprone-assignment-in-if-condition,-bugprone-implicit-widening-of-multiplication-result' \
+    --warnings-as-errors='*' \
+    --extra-arg=-std=c17 --extra-arg=-D_GNU_SOURCE --extra-arg=-Iinclude --extra-arg=-Icommon --extra-arg=-Ikernels \
+    --extra-arg=-Istorage --extra-arg=-Idaemon --extra-arg=-Iclient >/tmp/sidekv-tidy.$$ 2>/dev/null || {
+    bad=1
+    grep -E 'error|warning' /tmp/sidekv-tidy.$$ | sort -u | head -40
+}
+rm -f /tmp/sidekv-tidy.$$
+
+# Who may include whom, beyond what the -I lists already forbid.
+if grep -ln '#include <lmdb.h>' common/* kernels/* daemon/* client/* 2>/dev/null; then
+    echo "lmdb.h belongs to storage/"; bad=1
+fi
+if grep -ln '#include <liburing.h>' common/* kernels/* client/* 2>/dev/null || grep -ln '#include <liburing.h>' daemon/* 2>/dev/null | grep -v loop_uring.c; then
+    echo "liburing.h belongs to daemon/loop_uring.c and storage/direct.c"; bad=1
+fi
+if grep -rnE '\.\./shared' common include kernels storage daemon client Makefile 2>/dev/null; then
+    echo "the project stands alone"; bad=1
+fi
+[ $bad = 0 ] && echo "lint: clean"
+exit $bad

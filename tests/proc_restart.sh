@@ -1,0 +1,51 @@
+#!/bin/bash
+# sidekv-keeper and sidekv restart, as a person uses them, on the host device.
+# usage: tests/proc_restart.sh   SIDEKV_BIN: see process.sh
+. "$(dirname "$0")/process.sh"
+export SIDEKV_TEST_NO_PAUSE=1
+says() { grep -q -- "$1" "$work/out" "$work/err" "$work/log"; }
+daemon_pid() { "$sidekv" --socket "$work/s" ping -c 1 2>/dev/null | sed -n 's/.*process \([0-9]*\).*/\1/p'; }
+
+ok "the keeper starts a daemon" start sidekv-keeper
+first=$(daemon_pid)
+cli restart
+ok "a planned restart" [ "$status" = 0 ]
+ok "says so" says "restarted: process"
+ok "it is another process" [ "$(daemon_pid)" != "$first" ]
+
+"$sidekv" --socket "$work/s" replay --device host --generate --users 40 --events-total 6000 --verify 0.3 --json >"$work/out.replay" 2>"$work/err" &
+run=$!
+for i in 1 2 3 4 5 6; do
+    sleep 0.4
+    kill -0 $run 2>/dev/null || break
+    if [ $((i % 2)) = 0 ]; then "$sidekv" --socket "$work/s" restart >/dev/null 2>&1; else kill -9 "$(daemon_pid)" 2>/dev/null; fi
+    ready
+done
+wait $run
+status=$?
+run=""
+ok "a replay runs through kills and restarts" [ "$status" = 0 ]
+ok "no score was wrong" grep -q '"scores_wrong":0' "$work/out.replay"
+ok "no row was wrong" grep -q '"rows_wrong":0' "$work/out.replay"
+ok "nothing had to come from the store" grep -q '"hit_store_tokens":0' "$work/out.replay"
+users=$("$sidekv" --socket "$work/s" stats | sed -n 's/^users_resident *\([0-9]*\).*/\1/p')
+kill -9 "$(daemon_pid)"
+ok "after one more kill it is back" ready
+after=$("$sidekv" --socket "$work/s" stats | sed -n 's/^users_resident *\([0-9]*\).*/\1/p')
+ok "with all users in the pool" [ -n "$users" -a "${after:-0}" = "${users:-1}" ]
+
+stop TERM
+ok "SIGTERM ends both" [ "$status" = 0 ]
+ok "the daemon is gone" [ ! -e "$work/s" ]
+"$bin/sidekv-keeper" --nonsense >"$work/log" 2>&1
+status=$?
+ok "a wrong option is not tried again" [ "$status" = 2 ]
+timeout 20 "$bin/sidekv-keeper" --socket "$work/s" --store "$work/kept" --store-bytes 1M --pool-bytes 64M --device host >"$work/log" 2>&1
+status=$?
+ok "nor is a first start without its store" [ "$status" = 1 ]
+start sidekvd
+cli restart
+ok "without a keeper there is no restart" [ "$status" = 1 ]
+ok "and what to do is said" says "sidekv-keeper"
+
+finish

@@ -1,0 +1,576 @@
+/* Whole passes on CUDA against the reference, and the runner's own promises: what it appends, what
+ * it refuses, graphs of several sizes in one arena, gates opened late. Each test that computes runs
+ * with the device's own attention path and with HSTU_KERNELS=portable; one also without cuBLASLt.
+ * Activations start as NaN (poisoned arena), free pages and slots past the valid ones hold NaN. */
+#include "cuda_bed.h"
+
+#include <stdio.h>
+#include <unistd.h>
+
+#include "clock.h"
+#include "device.h"
+
+enum { MAX_SEQUENCES = 8, POOL_PAGES = 256, MAX_ROWS = 2560 };
+
+struct rig {
+    struct hstu_model model;
+    struct hstu_weights *weights;
+    struct skv_device *device;
+    struct hstu_cuda *runner;
+    uint64_t page_elements;
+    uint16_t *pool; /* on the host */
+    void *on_pool;
+    uint32_t *gates;
+    uint64_t tokens[65536];
+    uint32_t pages[POOL_PAGES];
+    uint32_t pages_used;
+};
+
+static struct hstu_model small_model(uint32_t head_dim, uint32_t page_tokens)
+{
+    return (struct hstu_model){
+        .geometry = {.layers = 2, .heads = 2, .head_dim = head_dim, .page_tokens = page_tokens},
+        .embed = 192,
+        .scaling_length = 512,
+        .group = 1,
+        .position_buckets = 1024,
+        .embedding_rows = 4096,
+        .head_hidden = 100,
+        .head_out = 3,
+        .eps = 1e-5f};
+}
+
+/* `kernels` NULL: the device's own path. */
+static struct rig *rig_open(struct hstu_model model, const char *kernels)
+{
+    struct rig *r = calloc(1, sizeof *r);
+    r->model = model;
+    if (kernels)
+        setenv("HSTU_KERNELS", kernels, 1);
+    else
+        unsetenv("HSTU_KERNELS");
+    cr_assert_eq(hstu_weights_random(&model, 42, &r->weights), SKV_OK);
+    cr_assert_eq(skv_device_open("cuda", &r->device), SKV_OK);
+    CUDA(cudaSetDevice(skv_device_info(r->device)->ordinal));
+    r->page_elements = skv_page_bytes(&model.geometry) / 2;
+    r->pool = malloc(POOL_PAGES * r->page_elements * 2);
+    memset(r->pool, 0xff, POOL_PAGES * r->page_elements * 2);
+    r->on_pool = on_device(r->pool, POOL_PAGES * r->page_elements * 2);
+    cr_assert_eq(skv_pinned_alloc(r->device, 4096, (void **)&r->gates), SKV_OK);
+    uint64_t x = 88172645463325252u;
+    for (size_t i = 0; i < sizeof r->tokens / sizeof *r->tokens; i++) {
+        x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+        r->tokens[i] = x;
+    }
+    for (uint32_t i = 0; i < POOL_PAGES; i++)
+        r->pages[i] = (i * 101 + 7) % POOL_PAGES; /* odd: a permutation */
+    struct hstu_runner_options options = {.weights = r->weights,
+                                          .device = r->device,
+                                          .pool_base = r->on_pool,
+                                          .pool_pages = POOL_PAGES,
+                                          .max_rows = MAX_ROWS,
+                                          .max_batch = MAX_SEQUENCES,
+                                          .gate_row = r->gates};
+    void *state;
+    cr_assert_eq(hstu_backend_cuda.open(&options, &state), SKV_OK);
+    r->runner = state;
+    cr_assert_eq(hstu_cuda_poison(r->runner), SKV_OK);
+    return r;
+}
+
+static void rig_close(struct rig *r)
+{
+    hstu_backend_cuda.close(r->runner);
+    cudaFree(r->on_pool);
+    skv_pinned_free(r->device, r->gates);
+    skv_device_close(r->device);
+    hstu_weights_close(r->weights);
+    free(r->pool);
+    free(r);
+}
+
+static uint32_t rows_of(const struct hstu_sequence *s)
+{
+    return s->history - s->cached + s->targets;
+}
+
+static uint32_t rows_of_all(const struct hstu_sequence *s, uint32_t count)
+{
+    uint32_t rows = 0;
+    for (uint32_t b = 0; b < count; b++)
+        rows += rows_of(&s[b]);
+    return rows;
+}
+
+/* User `user`'s tokens lie at tokens[4096 * user]: h of history, then candidates. */
+static struct hstu_sequence sequence(struct rig *r, uint32_t user, uint32_t history,
+                                     uint32_t cached, uint32_t targets, bool append)
+{
+    const uint32_t S = r->model.geometry.page_tokens;
+    uint32_t *pages = r->pages + r->pages_used;
+    r->pages_used += (history + S - 1) / S;
+    cr_assert_leq(r->pages_used, POOL_PAGES);
+    return (struct hstu_sequence){.history = history,
+                                  .cached = cached,
+                                  .targets = targets,
+                                  .append = append,
+                                  .pages = pages,
+                                  .tokens = r->tokens + 4096 * user + cached};
+}
+
+/* Writes the cached prefix of a sequence to its pages, on host and device, by the reference. */
+static void prefill(struct rig *r, const struct hstu_sequence *s)
+{
+    struct hstu_sequence before = *s;
+    before.tokens = s->tokens - s->cached;
+    before.history = s->cached;
+    before.cached = before.targets = 0;
+    before.append = true;
+    if (!s->cached)
+        return;
+    cr_assert_eq(hstu_reference_pass(r->weights, &before, 1, r->pool, true, NULL, NULL), SKV_OK);
+    CUDA(
+        cudaMemcpy(r->on_pool, r->pool, POOL_PAGES * r->page_elements * 2, cudaMemcpyHostToDevice));
+}
+
+static void run(struct rig *r, const struct hstu_sequence *s, uint32_t count, float *out,
+                float *logits)
+{
+    cr_assert_eq(hstu_backend_cuda.debug(r->runner, s, count, out), SKV_OK);
+    if (logits)
+        memcpy(logits, r->runner->pinned.logits,
+               r->runner->candidates * r->model.head_out * sizeof *logits);
+}
+
+/* Block output, logits and appended pages of one batch, within the tolerance. */
+static void check_pass(struct rig *r, const struct hstu_sequence *s, uint32_t count,
+                       const char *name)
+{
+    const uint64_t elements = (uint64_t)rows_of_all(s, count) * r->model.embed;
+    const uint64_t pool_elements = POOL_PAGES * r->page_elements;
+    float *x = malloc(elements * 4 + 4), *r32 = malloc(elements * 4 + 4);
+    float *r16 = malloc(elements * 4 + 4);
+    float *scores = calloc(MAX_ROWS * 3, 4), *scores32 = calloc(MAX_ROWS * 3, 4);
+    uint16_t *appended = malloc(pool_elements * 2);
+    uint16_t *pool32 = malloc(pool_elements * 2), *pool16 = malloc(pool_elements * 2);
+    memcpy(pool32, r->pool, pool_elements * 2);
+    cr_assert_eq(hstu_reference_pass(r->weights, s, count, pool32, false, r32, scores32), SKV_OK);
+    memcpy(pool16, r->pool, pool_elements * 2);
+    cr_assert_eq(hstu_reference_pass(r->weights, s, count, pool16, true, r16, NULL), SKV_OK);
+    run(r, s, count, x, scores);
+    struct distance d = distance_of(x, r32, r16, elements, 0);
+    printf("%s, %s, %s: max %.2f mean %.2f of the limit\n", name, r->runner->path->name,
+           hstu_gemm_name(r->runner->gemm), d.max, d.mean);
+    cr_assert(d.max <= 1 && d.mean <= 1, "%s, %s: max %.2f mean %.2f of the limit", name,
+              r->runner->path->name, d.max, d.mean);
+    for (uint32_t i = 0; i < r->runner->candidates * r->model.head_out; i++)
+        cr_assert_float_eq(scores[i], scores32[i], 0.05f, "%s: logit %u: %f, not %f", name, i,
+                           scores[i], scores32[i]);
+    /* What was appended is as near as everything else; every other byte is as it was. */
+    float *kv = malloc(pool_elements * 12 + 12), *kv32 = kv + pool_elements;
+    float *kv16 = kv32 + pool_elements;
+    uint64_t written = 0;
+    CUDA(cudaMemcpy(appended, r->on_pool, pool_elements * 2, cudaMemcpyDeviceToHost));
+    for (uint64_t i = 0; i < pool_elements; i++) {
+        if (pool16[i] == r->pool[i] && pool32[i] == r->pool[i]) {
+            cr_assert_eq(appended[i], r->pool[i], "%s: page element %lu", name, (unsigned long)i);
+            continue;
+        }
+        kv[written] = bf16_to_float(appended[i]);
+        kv32[written] = bf16_to_float(pool32[i]);
+        kv16[written++] = bf16_to_float(pool16[i]);
+    }
+    d = distance_of(kv, kv32, kv16, written, 0);
+    cr_assert(d.max <= 1 && d.mean <= 1, "%s, %s: appended: max %.2f mean %.2f of the limit", name,
+              r->runner->path->name, d.max, d.mean);
+    memcpy(r->pool, appended, pool_elements * 2);
+    free(x), free(r32), free(r16), free(scores), free(scores32), free(appended);
+    free(pool32), free(pool16), free(kv);
+}
+
+static const char *const both[] = {"portable", NULL}; /* NULL: the device's own */
+
+static void check_model(struct hstu_model model, const char *kernels)
+{
+    const uint32_t S = model.geometry.page_tokens;
+    char name[64];
+    struct rig *r = rig_open(model, kernels);
+    struct hstu_sequence s[] = {sequence(r, 0, 37, 0, 37, true),
+                                sequence(r, 1, 0, 0, 5, false),
+                                sequence(r, 2, 2 * S + 1, S, 3, true),
+                                sequence(r, 3, S, S, 11, false),
+                                sequence(r, 4, 3 * S + 5, S + 1, 0, true),
+                                sequence(r, 5, 70, 2 * S - 1 < 70 ? 2 * S - 1 : 69, 1, true)};
+    for (size_t b = 0; b < sizeof s / sizeof *s; b++)
+        prefill(r, &s[b]);
+    snprintf(name, sizeof name, "D %u S %u g %u", model.geometry.head_dim, S, model.group);
+    check_pass(r, s, sizeof s / sizeof *s, name);
+    rig_close(r);
+}
+
+Test(layers_cuda, a_pass_equals_the_reference_at_every_head_dim_page_size_and_group, .timeout = 120)
+{
+    NEED_GPU();
+    for (int k = 0; k < 2; k++)
+        for (uint32_t D = 64; D <= 256; D *= 2)
+            for (uint32_t S = 16; S <= 128; S *= 2) {
+                struct hstu_model model = small_model(D, S);
+                model.group = 1 + S / 16 % 3;
+                check_model(model, both[k]);
+            }
+}
+
+Test(layers_cuda, products_without_cublaslt_equal_the_reference)
+{
+    NEED_GPU();
+    setenv("HSTU_CUBLASLT", "none", 1);
+    check_model(small_model(128, 32), NULL);
+}
+
+Test(layers_cuda, a_variance_near_eps_shows_a_wrong_scaling_length)
+{
+    NEED_GPU();
+    struct hstu_model model = small_model(64, 32);
+    model.scaling_length = 65536; /* o is small: var(o) is of eps's order */
+    check_model(model, NULL);
+}
+
+Test(layers_cuda, what_was_cached_equals_what_is_computed_anew)
+{
+    NEED_GPU();
+    for (int k = 0; k < 2; k++) {
+        struct rig *r = rig_open(small_model(128, 32), both[k]);
+        const uint32_t E = r->model.embed, h = 300, T = 20;
+        struct hstu_sequence whole = sequence(r, 0, h, 0, T, true);
+        float *full = malloc((h + T) * E * 4), *part = malloc((h + T) * E * 4);
+        float *r32 = malloc((h + T) * E * 4), *r16 = malloc((h + T) * E * 4);
+        uint16_t *pool = malloc(POOL_PAGES * r->page_elements * 2);
+        memcpy(pool, r->pool, POOL_PAGES * r->page_elements * 2);
+        cr_assert_eq(hstu_reference_pass(r->weights, &whole, 1, pool, false, r32, NULL), SKV_OK);
+        cr_assert_eq(hstu_reference_pass(r->weights, &whole, 1, pool, true, r16, NULL), SKV_OK);
+        run(r, &whole, 1, full, NULL); /* appends all of it */
+        const uint32_t splits[] = {1, 31, 32, 33, 150, 299, 300};
+        for (size_t i = 0; i < sizeof splits / sizeof *splits; i++) {
+            struct hstu_sequence rest = whole;
+            rest.cached = splits[i];
+            rest.tokens += splits[i];
+            rest.append = false;
+            run(r, &rest, 1, part, NULL);
+            CHECK_NEAR(distance_of(part, r32 + splits[i] * E, r16 + splits[i] * E,
+                                   (uint64_t)rows_of(&rest) * E, 0));
+        }
+        free(full), free(part), free(r32), free(r16), free(pool);
+        rig_close(r);
+    }
+}
+
+Test(layers_cuda, prefill_in_chunks_equals_one_shot)
+{
+    NEED_GPU();
+    struct rig *r = rig_open(small_model(64, 16), NULL);
+    const uint32_t E = r->model.embed, chunks[] = {1, 15, 17, 64, 100};
+    struct hstu_sequence s = sequence(r, 0, 197, 0, 9, false), piece = s;
+    float *x = malloc(256 * E * 4), *r32 = malloc(256 * E * 4), *r16 = malloc(256 * E * 4);
+    cr_assert_eq(hstu_reference_pass(r->weights, &s, 1, NULL, false, r32, NULL), SKV_OK);
+    cr_assert_eq(hstu_reference_pass(r->weights, &s, 1, NULL, true, r16, NULL), SKV_OK);
+    piece.history = 0;
+    for (size_t i = 0; i < 5; i++) {
+        piece.cached = piece.history;
+        piece.history += chunks[i];
+        piece.tokens = s.tokens + piece.cached;
+        piece.targets = i == 4 ? s.targets : 0;
+        piece.append = true;
+        run(r, &piece, 1, x, NULL);
+        CHECK_NEAR(distance_of(x, r32 + piece.cached * E, r16 + piece.cached * E,
+                               (uint64_t)rows_of(&piece) * E, 0));
+    }
+    cr_assert_eq(piece.history, s.history);
+    free(x), free(r32), free(r16);
+    rig_close(r);
+}
+
+Test(layers_cuda, batch_mates_and_padding_change_no_bit_within_a_size)
+{
+    NEED_GPU();
+    for (int k = 0; k < 2; k++) {
+        struct rig *r = rig_open(small_model(128, 32), both[k]);
+        const uint64_t E = r->model.embed;
+        struct hstu_sequence mine = sequence(r, 0, 130, 64, 10, false);
+        struct hstu_sequence mates[3] = {sequence(r, 1, 200, 0, 40, false),
+                                         sequence(r, 2, 90, 70, 10, false),
+                                         sequence(r, 3, 17, 0, 3, false)};
+        float *x = malloc(MAX_ROWS * E * 4), *y = malloc(MAX_ROWS * E * 4);
+        float scores[30], others[256];
+        prefill(r, &mine);
+        prefill(r, &mates[1]);
+        /* 76 rows of mine, 240, 30 and 20 of others: 316 to 366 rows, all in the graph of 384... */
+        struct hstu_sequence one[2] = {mine, mates[0]},
+                             two[4] = {mine, mates[1], mates[2], mates[0]};
+        struct hstu_sequence three[2] = {mates[0], mine};
+        run(r, one, 2, x, others);
+        memcpy(scores, others, sizeof scores);
+        uint32_t size, again, index;
+        size = hstu_cuda_graph_rows(rows_of_all(one, 2), &index);
+        two[3].targets = 0, two[3].history = 180;
+        again = hstu_cuda_graph_rows(rows_of_all(two, 4), &index);
+        cr_assert_eq(size, again, "the test's own sizes: %u %u", size, again);
+        cr_assert_eq(hstu_cuda_poison(r->runner), SKV_OK);
+        run(r, two, 4, y, others);
+        cr_expect_eq(memcmp(x, y, rows_of(&mine) * E * 4), 0, "other mates");
+        cr_expect_eq(memcmp(scores, others, sizeof scores), 0, "other mates' scores");
+        run(r, three, 2, y, NULL);
+        cr_expect_eq(memcmp(x, y + rows_of(&mates[0]) * E, rows_of(&mine) * E * 4), 0,
+                     "another place in the batch");
+        /* A mate whose cached rows are NaN, so that all its outputs are. */
+        for (uint32_t i = 0; i < 3; i++)
+            CUDA(cudaMemset((uint16_t *)r->on_pool + mates[1].pages[i] * r->page_elements, 0xff,
+                            r->page_elements * 2));
+        run(r, two, 4, y, NULL);
+        cr_expect_eq(memcmp(x, y, rows_of(&mine) * E * 4), 0, "a mate of NaN");
+        cr_expect(isnan(y[rows_of(&mine) * E]), "the mate is NaN");
+        free(x), free(y);
+        rig_close(r);
+    }
+}
+
+Test(layers_cuda, permuting_candidates_permutes_their_outputs)
+{
+    NEED_GPU();
+    struct rig *r = rig_open(small_model(256, 32), NULL);
+    const uint64_t E = r->model.embed;
+    struct hstu_sequence s = sequence(r, 0, 50, 0, 40, false), t = s;
+    uint64_t tokens[90];
+    float *x = malloc(90 * E * 4), *y = malloc(90 * E * 4);
+    float *r32 = malloc(90 * E * 4), *r16 = malloc(90 * E * 4);
+    memcpy(tokens, s.tokens, sizeof tokens);
+    for (uint32_t i = 0; i < 40; i++)
+        tokens[50 + i] = s.tokens[50 + 39 - i];
+    t.tokens = tokens;
+    cr_assert_eq(hstu_reference_pass(r->weights, &s, 1, NULL, false, r32, NULL), SKV_OK);
+    cr_assert_eq(hstu_reference_pass(r->weights, &s, 1, NULL, true, r16, NULL), SKV_OK);
+    run(r, &s, 1, x, NULL);
+    run(r, &t, 1, y, NULL);
+    for (uint32_t i = 0; i < 40; i++)
+        memcpy(x + (50 + i) * E, y + (50 + 39 - i) * E, E * 4);
+    CHECK_NEAR(distance_of(x, r32, r16, 90 * E, 0));
+    free(x), free(y), free(r32), free(r16);
+    rig_close(r);
+}
+
+Test(layers_cuda, sizes_one_after_another_share_a_poisoned_arena)
+{
+    NEED_GPU();
+    struct rig *r = rig_open(small_model(64, 32), NULL);
+    struct hstu_sequence large[2] = {sequence(r, 0, 700, 0, 37, false),
+                                     sequence(r, 1, 300, 100, 5, false)};
+    struct hstu_sequence small = sequence(r, 2, 40, 0, 3, true);
+    prefill(r, &large[1]);
+    check_pass(r, large, 2, "large");
+    check_pass(r, &small, 1, "small after large");
+    check_pass(r, large, 2, "large after small");
+    struct hstu_footprint footprint;
+    hstu_backend_cuda.footprint(r->runner, &footprint);
+    cr_expect_eq(footprint.graphs, 2);
+    rig_close(r);
+}
+
+Test(layers_cuda, an_empty_batch_is_fine_and_a_wrong_one_is_refused)
+{
+    NEED_GPU();
+    struct rig *r = rig_open(small_model(64, 32), NULL);
+    struct hstu_sequence s = sequence(r, 0, 40, 32, 3, false), bad = s;
+    const uint32_t foreign[2] = {POOL_PAGES, 0};
+    float logits[9];
+    cr_expect_eq(hstu_backend_cuda.launch(r->runner, NULL, 0, false), SKV_OK);
+    cr_expect_eq(hstu_backend_cuda.wait(r->runner, NULL, 1000), SKV_OK);
+    bad.pages = foreign;
+    cr_expect_eq(hstu_backend_cuda.launch(r->runner, &bad, 1, false), SKV_EINVAL);
+    bad = s, bad.cached = 41;
+    cr_expect_eq(hstu_backend_cuda.launch(r->runner, &bad, 1, false), SKV_EINVAL);
+    bad = s, bad.targets = MAX_ROWS;
+    cr_expect_eq(hstu_backend_cuda.launch(r->runner, &bad, 1, false), SKV_EINVAL);
+    cr_expect_eq(hstu_backend_cuda.wait(r->runner, NULL, 0), SKV_EINVAL);
+    prefill(r, &s);
+    cr_expect_eq(hstu_backend_cuda.launch(r->runner, &s, 1, false), SKV_OK);
+    cr_expect_eq(hstu_backend_cuda.launch(r->runner, &s, 1, false), SKV_EBUSY);
+    cr_expect_eq(hstu_backend_cuda.wait(r->runner, logits, 10000), SKV_OK);
+    rig_close(r);
+}
+
+/* Layer by layer: the slices of the prefix arrive, then the gate opens. */
+static void check_gates(bool by_stream)
+{
+    struct rig *r = rig_open(small_model(64, 32), NULL);
+    const struct skv_geometry *g = &r->model.geometry;
+    const uint64_t slice = skv_slice_bytes(g);
+    struct hstu_sequence s = sequence(r, 0, 150, 96, 10, true);
+    float open[30], late[30];
+    char *staged;
+    struct skv_stream *stream;
+    cudaStream_t copies;
+    prefill(r, &s);
+    cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, false), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, open, 10000), SKV_OK);
+    CUDA(cudaMallocHost((void **)&staged, 3 * skv_page_bytes(g)));
+    CUDA(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
+    cr_assert_eq(skv_stream_open(r->device, &stream), SKV_OK);
+    for (uint32_t p = 0; p < 3; p++)
+        memcpy(staged + p * skv_page_bytes(g), r->pool + s.pages[p] * r->page_elements,
+               skv_page_bytes(g));
+    CUDA(cudaMemset(r->on_pool, 0xff, POOL_PAGES * r->page_elements * 2));
+    memset(r->gates, 0, 64);
+    CUDA(cudaDeviceSynchronize());
+    cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, true), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 30), SKV_ETIMEDOUT);
+    for (uint32_t l = 0; l < g->layers; l++) {
+        for (uint32_t p = 0; p < 3; p++)
+            CUDA(cudaMemcpyAsync((char *)r->on_pool + s.pages[p] * skv_page_bytes(g) + l * slice,
+                                 staged + p * skv_page_bytes(g) + l * slice, slice,
+                                 cudaMemcpyHostToDevice, copies));
+        CUDA(cudaStreamSynchronize(copies));
+        if (by_stream)
+            cr_assert_eq(skv_stream_write32(stream, &r->gates[l], 1), SKV_OK);
+        else
+            skv_gate_store(&r->gates[l], 1);
+        if (l + 1 < g->layers)
+            cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 20), SKV_ETIMEDOUT);
+    }
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, late, 10000), SKV_OK);
+    cr_expect_eq(memcmp(open, late, sizeof open), 0, "gated or not: the same bits");
+    /* Gates that stay open: again, at once. */
+    cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, true), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, late, 10000), SKV_OK);
+    cr_expect_eq(memcmp(open, late, sizeof open), 0);
+    skv_stream_close(stream);
+    CUDA(cudaStreamDestroy(copies));
+    CUDA(cudaFreeHost(staged));
+    rig_close(r);
+}
+
+Test(layers_cuda, a_gated_pass_waits_for_gates_opened_by_a_plain_store)
+{
+    NEED_GPU();
+    check_gates(false);
+}
+
+Test(layers_cuda, a_gated_pass_waits_for_gates_opened_by_a_stream_write)
+{
+    NEED_GPU();
+    check_gates(true);
+}
+
+/* ---- large shapes, against the plain CUDA reference ---- */
+
+Test(layers_cuda, the_cuda_reference_equals_the_c_reference)
+{
+    NEED_GPU();
+    struct rig *r = rig_open(small_model(128, 32), NULL);
+    struct hstu_sequence s[2] = {sequence(r, 0, 100, 70, 9, false),
+                                 sequence(r, 1, 33, 0, 4, false)};
+    const uint64_t elements = rows_of_all(s, 2) * (uint64_t)r->model.embed;
+    float *a = malloc(elements * 4), *b = malloc(elements * 4), *c = malloc(elements * 4);
+    prefill(r, &s[0]);
+    for (int rounded = 0; rounded < 2; rounded++) {
+        cr_assert_eq(cuda_reference_pass(r->runner, s, 2, rounded, a, NULL), SKV_OK);
+        cr_assert_eq(hstu_reference_pass(r->weights, s, 2, r->pool, rounded, b, NULL), SKV_OK);
+        cr_assert_eq(hstu_reference_pass(r->weights, s, 2, r->pool, !rounded, c, NULL), SKV_OK);
+        struct distance d = distance_of(a, b, c, elements, 0);
+        /* fp32: far closer than rounding; rounded: single flips of the last bit remain. */
+        cr_expect(d.mean <= (rounded ? 0.25 : 0.01), "rounded %d: mean %.4f", rounded, d.mean);
+        cr_expect(d.max <= (rounded ? 0.8 : 0.05), "rounded %d: max %.4f", rounded, d.max);
+    }
+    free(a), free(b), free(c);
+    rig_close(r);
+}
+
+/* One cell: history, new tokens and 256 candidates for `batch` users, cached pages random, every
+ * other page NaN. Returns the worst distance of both runners. */
+static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h, uint32_t n,
+                         const uint32_t *list, const uint64_t *tokens)
+{
+    const struct hstu_cuda *c = runner[0];
+    const uint64_t page_bytes = skv_page_bytes(&c->model.geometry);
+    const uint64_t elements = UINT64_C(1) * batch * (n + 256) * c->model.embed;
+    float *x = malloc(elements * 4), *r32 = malloc(elements * 4), *r16 = malloc(elements * 4);
+    struct hstu_sequence s[8];
+    double worst = 0;
+    CUDA(cudaMemset(c->pool, 0xff, c->pool_pages * page_bytes));
+    for (uint32_t b = 0; b < batch; b++) {
+        s[b] = (struct hstu_sequence){.history = h,
+                                      .cached = h - n,
+                                      .targets = 256,
+                                      .pages = list + b * 128,
+                                      .tokens = tokens + b * 13};
+        for (uint32_t i = 0; i < (h - n) / 32; i++)
+            cr_assert_eq(cuda_fill_random((char *)c->pool + s[b].pages[i] * page_bytes,
+                                          page_bytes / 2, s[b].pages[i], -0.3f, 1.2f),
+                         SKV_OK);
+    }
+    cr_assert_eq(cuda_reference_pass(c, s, batch, false, r32, NULL), SKV_OK);
+    cr_assert_eq(cuda_reference_pass(c, s, batch, true, r16, NULL), SKV_OK);
+    for (int k = 0; k < 2; k++) {
+        cr_assert_eq(hstu_backend_cuda.debug(runner[k], s, batch, x), SKV_OK);
+        struct distance d = distance_of(x, r32, r16, elements, 0);
+        cr_expect(d.max <= 1 && d.mean <= 1,
+                  "%s: batch %u, history %u, new %u: max %.2f mean %.2f of the limit",
+                  runner[k]->path->name, batch, h, n, d.max, d.mean);
+        worst = fmax(worst, fmax(d.max, d.mean));
+    }
+    free(x), free(r32), free(r16);
+    return worst;
+}
+
+/* Cells of bench_block's grid with two layers; every cell with SIDEKV_TEST_GRID=1. */
+Test(layers_cuda, large_passes_equal_the_reference, .timeout = 300)
+{
+    NEED_GPU();
+    const bool all = getenv("SIDEKV_TEST_GRID") != NULL;
+    const uint32_t some[][3] = {{1, 4096, 128}, {1, 1024, 1024}, {2, 4096, 512}, {8, 512, 128}};
+    const uint32_t pages = 8 * 128 + 64;
+    struct hstu_model model;
+    struct hstu_weights *weights;
+    struct skv_device *device;
+    struct hstu_cuda *runner[2];
+    uint32_t list[8 * 128 + 64];
+    uint64_t tokens[5000];
+    void *pool;
+    double worst = 0;
+    cr_assert_eq(hstu_model_named("bench", &model), SKV_OK);
+    model.geometry.layers = 2;
+    model.embedding_rows = 4096;
+    cr_assert_eq(hstu_weights_random(&model, 1, &weights), SKV_OK);
+    cr_assert_eq(skv_device_open("cuda", &device), SKV_OK);
+    pool = on_device(NULL, pages * skv_page_bytes(&model.geometry));
+    for (uint32_t i = 0; i < 5000; i++)
+        tokens[i] = i * 7919u;
+    for (uint32_t i = 0; i < pages; i++)
+        list[i] = i * 577u % pages; /* 577 is prime to 1088 */
+    for (int k = 0; k < 2; k++) {
+        struct hstu_runner_options options = {.weights = weights,
+                                              .device = device,
+                                              .pool_base = pool,
+                                              .pool_pages = pages,
+                                              .max_rows = 8 * 4352,
+                                              .max_batch = 8};
+        void *state;
+        both[k] ? setenv("HSTU_KERNELS", both[k], 1) : unsetenv("HSTU_KERNELS");
+        cr_assert_eq(hstu_backend_cuda.open(&options, &state), SKV_OK);
+        runner[k] = state;
+        cr_assert_eq(hstu_cuda_poison(runner[k]), SKV_OK);
+    }
+    for (uint32_t batch = 1; batch <= 8; batch *= 2)
+        for (uint32_t h = 128; h <= 4096; h *= 2)
+            for (uint32_t n = 128; n <= h; n *= 2) {
+                bool wanted = all;
+                for (size_t i = 0; i < sizeof some / sizeof *some; i++)
+                    wanted |= some[i][0] == batch && some[i][1] == h && some[i][2] == n;
+                if (wanted)
+                    worst = fmax(worst, check_cell(runner, batch, h, n, list, tokens));
+            }
+    printf("large passes, both paths: at most %.2f of the limit\n", worst);
+    for (int k = 0; k < 2; k++)
+        hstu_backend_cuda.close(runner[k]);
+    cudaFree(pool);
+    skv_device_close(device);
+    hstu_weights_close(weights);
+}

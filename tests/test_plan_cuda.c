@@ -1,0 +1,244 @@
+/* What the CPU does for a launch, without a GPU. The attention planner: items cover every row, head
+ * and key once, in order of length, and a sequence's items do not depend on its batch mates. The
+ * batch's rows: as the definitions have them. */
+#include "cuda_state.h"
+
+#include <criterion/criterion.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint32_t rows_64(uint32_t head_dim)
+{
+    (void)head_dim;
+    return 64;
+}
+
+static uint32_t rows_128(uint32_t head_dim)
+{
+    (void)head_dim;
+    return 128;
+}
+
+static const struct hstu_attention_path small_tiles = {.tile_rows = rows_64, .key_step = 64};
+static const struct hstu_attention_path large_tiles = {.tile_rows = rows_128, .key_step = 128};
+static const struct skv_geometry geometry = {
+    .layers = 1, .heads = 4, .head_dim = 256, .page_tokens = 32};
+
+enum { ROOM = 1 << 16, SMS = 132 };
+static struct hstu_work work[ROOM];
+static uint8_t row_slices[65536];
+
+static struct hstu_sequence sequence(uint32_t history, uint32_t cached, uint32_t targets)
+{
+    return (struct hstu_sequence){.history = history, .cached = cached, .targets = targets};
+}
+
+static uint32_t rows_of(const struct hstu_sequence *s)
+{
+    return s->history - s->cached + s->targets;
+}
+
+static uint32_t plan(const struct hstu_attention_path *path, const struct hstu_sequence *sequences,
+                     uint32_t count, uint32_t rows)
+{
+    return hstu_plan(path, &geometry, 1, sequences, count, rows, SMS, hstu_plan_slices(rows), work,
+                     ROOM, row_slices);
+}
+
+/* Every (row, head) has its slices exactly once, and they partition [0, row's tile end). */
+static void check_cover(const struct hstu_attention_path *path,
+                        const struct hstu_sequence *sequences, uint32_t count, uint32_t rows)
+{
+    uint32_t items = plan(path, sequences, count, rows), first = 0;
+    uint64_t covered = 0, wanted = 0;
+    for (uint32_t b = 0; b < count; first += rows_of(&sequences[b++]))
+        for (uint32_t r = 0; r < rows_of(&sequences[b]); r++) {
+            cr_assert_geq(row_slices[first + r], 1);
+            cr_assert_leq(row_slices[first + r], hstu_plan_slices(rows));
+            wanted += (uint64_t)row_slices[first + r] * geometry.heads;
+        }
+    for (; first < rows; first++)
+        cr_assert_eq(row_slices[first], 0);
+    for (uint32_t i = 0; i < items; i++) {
+        const struct hstu_work *w = &work[i];
+        const struct hstu_sequence *s = &sequences[w->sequence];
+        uint32_t end = s->cached + w->row0 + w->rows, next = 0;
+        covered += w->rows;
+        cr_assert(w->rows >= 1 && w->rows <= path->tile_rows(256));
+        cr_assert_eq(w->row0 % path->tile_rows(256), 0);
+        cr_assert_leq(w->row0 + w->rows, rows_of(s));
+        cr_assert(w->key0 < w->key1 && w->key1 <= end);
+        cr_assert_eq(w->key0 % path->key_step, 0);
+        cr_assert(w->key1 <= s->history || w->key1 == end, "only the last slice passes h");
+        cr_assert(w->key1 == end || w->key1 % path->key_step == 0);
+        /* The slice that begins where this one ends. */
+        for (uint32_t k = 0; k < items && w->key1 != end; k++)
+            if (work[k].sequence == w->sequence && work[k].head == w->head &&
+                work[k].row0 == w->row0 && work[k].key0 == w->key1)
+                next += work[k].slice == w->slice + 1;
+        cr_assert_eq(next, w->key1 != end);
+        cr_assert_eq(w->slice == 0, w->key0 == 0);
+    }
+    cr_assert_eq(covered, wanted);
+}
+
+Test(plan, items_cover_every_row_and_key_once)
+{
+    const struct hstu_sequence batches[][4] = {
+        {{.history = 4096, .cached = 3968, .targets = 256}},
+        {{.history = 4096, .targets = 256}},
+        {{.history = 0, .targets = 5},
+         {.history = 37, .targets = 0},
+         {.history = 1111, .cached = 1111, .targets = 37},
+         {.history = 65, .cached = 64, .targets = 1111}},
+        {{.history = 1}, {.targets = 1}, {.history = 1, .cached = 1}, {.history = 64}},
+    };
+    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
+        uint32_t rows = 0, count = 0;
+        for (uint32_t b = 0; b < 4; b++) {
+            rows += rows_of(&batches[i][b]);
+            count += batches[i][b].history + batches[i][b].targets > 0 ? 1 : 0;
+        }
+        check_cover(&small_tiles, batches[i], count, (rows + 63) / 64 * 64);
+        check_cover(&large_tiles, batches[i], count, (rows + 63) / 64 * 64);
+    }
+}
+
+Test(plan, a_small_batch_fills_the_machine)
+{
+    struct hstu_sequence s = sequence(4096, 3968, 256);
+    cr_assert_geq(plan(&large_tiles, &s, 1, 384), SMS * 3 / 4);
+    cr_assert_geq(plan(&small_tiles, &s, 1, 384), SMS * 3 / 4);
+}
+
+Test(plan, longest_items_come_first)
+{
+    struct hstu_sequence s[2] = {sequence(4096, 0, 256), sequence(300, 0, 10)};
+    uint32_t items = plan(&small_tiles, s, 2, 5120);
+    for (uint32_t i = 1; i < items; i++) {
+        uint32_t before = work[i - 1].key1 - work[i - 1].key0, now = work[i].key1 - work[i].key0;
+        /* Candidates' gaps are not work; 256 keys of slack cover them. */
+        cr_assert_leq(now, before + 256 + 64);
+    }
+}
+
+Test(plan, batch_mates_change_nothing)
+{
+    struct hstu_sequence a[3] = {sequence(2000, 1700, 100), sequence(64, 0, 64),
+                                 sequence(500, 100, 7)};
+    struct hstu_sequence b[3] = {sequence(2000, 1700, 100), sequence(4000, 3600, 30),
+                                 sequence(3, 0, 0)};
+    static struct hstu_work mine[ROOM];
+    uint32_t items = plan(&small_tiles, a, 3, 1024), count = 0, found = 0;
+    for (uint32_t i = 0; i < items; i++)
+        if (work[i].sequence == 0)
+            mine[count++] = work[i];
+    items = plan(&small_tiles, b, 3, 1024);
+    for (uint32_t i = 0; i < items; i++)
+        if (work[i].sequence == 0) {
+            cr_assert_lt(found, count);
+            cr_assert_eq(memcmp(&mine[found], &work[i], sizeof work[i]), 0);
+            found++;
+        }
+    cr_assert_eq(found, count);
+}
+
+Test(plan, random_batches_fit_the_capacity)
+{
+    srand(7);
+    for (int round = 0; round < 200; round++) {
+        struct hstu_sequence s[SKV_MAX_BATCH];
+        uint32_t count = 1 + (uint32_t)rand() % SKV_MAX_BATCH, rows = 0;
+        for (uint32_t b = 0; b < count; b++) {
+            uint32_t h = (uint32_t)rand() % 3000;
+            s[b] = sequence(h, h ? (uint32_t)rand() % (h + 1) : 0, (uint32_t)rand() % 300);
+            rows += rows_of(&s[b]);
+        }
+        if (!rows)
+            continue;
+        uint32_t items = plan(&small_tiles, s, count, rows);
+        cr_assert_gt(items, 0);
+        cr_assert_leq(items, hstu_plan_capacity(&small_tiles, &geometry, rows, count));
+    }
+}
+
+Test(plan, too_small_a_room_is_refused)
+{
+    struct hstu_sequence s = sequence(128, 0, 0);
+    cr_assert_eq(hstu_plan(&small_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 3, row_slices),
+                 0);
+}
+
+/* Every field of every row, one by one, by its definition. */
+static void check_rows(const struct hstu_cuda *c, const struct hstu_sequence *sequences,
+                       uint32_t count, uint32_t graph_rows)
+{
+    const uint32_t page_tokens = c->model.geometry.page_tokens;
+    const struct hstu_row *row = c->pinned.row;
+    for (uint32_t b = 0; b < count; b++) {
+        const struct hstu_sequence *s = &sequences[b];
+        cr_assert_eq(c->pinned.counts->row_start[b], row - c->pinned.row);
+        for (uint32_t i = 0; i < rows_of(s); i++, row++) {
+            uint32_t token = s->cached + i, slot = UINT32_MAX;
+            if (s->append && token < s->history)
+                slot = s->pages[token / page_tokens] * page_tokens + token % page_tokens;
+            cr_assert_eq(row->token, s->tokens[i]);
+            cr_assert_eq((uint32_t)row->place, slot);
+            cr_assert_eq((uint16_t)(row->place >> HSTU_ROW_POSITION),
+                         hstu_position(i, s->cached, s->history, c->model.position_buckets));
+            cr_assert_eq((uint8_t)(row->place >> HSTU_ROW_SEQUENCE), b);
+            cr_assert_eq((uint8_t)(row->place >> HSTU_ROW_SLICES),
+                         c->row_slices[row - c->pinned.row]);
+        }
+    }
+    for (; row < c->pinned.row + graph_rows; row++)
+        cr_assert_eq((uint8_t)(row->place >> HSTU_ROW_SEQUENCE), HSTU_ROW_PADDING);
+}
+
+Test(batch, rows_are_as_defined)
+{
+    enum { ROWS = 8192, TOKENS = 2048, TABLE = 1024 };
+    static struct hstu_cuda c;
+    static struct hstu_counts counts;
+    static uint64_t tokens[SKV_MAX_BATCH][TOKENS];
+    static uint32_t pages[SKV_MAX_BATCH][TOKENS / 16];
+    srand(11);
+    c = (struct hstu_cuda){.model = {.geometry = geometry, .group = 1},
+                           .path = &small_tiles,
+                           .sm_count = SMS,
+                           .max_rows = ROWS,
+                           .max_batch = SKV_MAX_BATCH,
+                           .pool = &c, /* only asked whether there is one */
+                           .pool_pages = UINT32_MAX / 64,
+                           .page_capacity = ROWS,
+                           .work_capacity = ROOM,
+                           .row_slices = row_slices,
+                           .pinned = {.counts = &counts,
+                                      .row = calloc(ROWS, sizeof(struct hstu_row)),
+                                      .page = calloc(ROWS, 4),
+                                      .work = work}};
+    uint32_t checked = 0;
+    for (int round = 0; round < 300; round++) {
+        c.model.geometry.page_tokens = 16u << rand() % 4;
+        c.model.position_buckets = round % 3 ? TABLE : 100; /* fewer than a history: clamped */
+        uint32_t count = 1 + (uint32_t)rand() % 6, graph_rows;
+        struct hstu_sequence s[SKV_MAX_BATCH];
+        for (uint32_t b = 0; b < count; b++) {
+            uint32_t history = (uint32_t)rand() % 1024;
+            s[b] = sequence(history, (uint32_t)rand() % (history + 1), (uint32_t)rand() % 64);
+            s[b].append = rand() % 2;
+            s[b].tokens = tokens[b];
+            s[b].pages = pages[b];
+            for (uint32_t i = 0; i < TOKENS; i++)
+                tokens[b][i] = (uint64_t)rand() << 32 | (uint64_t)rand();
+            for (uint32_t i = 0; i < TOKENS / 16; i++)
+                pages[b][i] = (uint32_t)rand() % (UINT32_MAX / 128);
+        }
+        cr_assert_eq(hstu_cuda_batch(&c, s, count, &graph_rows), SKV_OK);
+        check_rows(&c, s, count, graph_rows);
+        checked += c.rows;
+    }
+    cr_assert_gt(checked, 100000);
+    free(c.pinned.row);
+    free(c.pinned.page);
+}

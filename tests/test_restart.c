@@ -1,0 +1,722 @@
+/* Hot restart, on every backend that is here: a real keeper, a real daemon, and workers that write
+ * bytes of their own into every token's rows and know them again. Whatever is killed, what was
+ * committed is in the pool afterwards, byte for byte, and nothing else is.
+ *
+ * RESTART_KILLS: how often the daemon is killed under load (default 50). RESTART_PROTECT: all of it
+ * under sidekvd --protect. */
+#include <poll.h>
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include "clock.h"
+#include "daemon_rig.h"
+#include "every_backend.h"
+#include "page_bytes.h"
+
+#define USERS 40u
+#define MOST  160u /* tokens of a history */
+#define S     32u
+
+static const struct skv_geometry geometry = {
+    .layers = 2, .heads = 2, .head_dim = 64, .page_tokens = S};
+static struct rig rig;
+static struct skv *skv;
+static struct page_bytes bytes; /* of its pages */
+static bool protect;            /* RESTART_PROTECT: under sidekvd --protect */
+static uint64_t tokens[USERS][MOST];
+
+/* What a worker knows of a user: committed, and the end of a commit whose answer was lost. */
+static struct {
+    uint32_t committed, perhaps;
+} known[USERS];
+
+static void set_up(void)
+{
+    char keeper[512];
+    rig_program(keeper, sizeof keeper);
+    strcpy(strrchr(keeper, '/'), "/sidekv-keeper");
+    setenv("SIDEKVD", keeper, 1);
+    setenv("SIDEKV_TEST_NO_PAUSE", "1", 1);
+    setenv("SIDEKV_LOG", "error", 0);
+    protect = getenv("RESTART_PROTECT") != NULL;
+    memset(known, 0, sizeof known);
+    for (uint32_t u = 0; u < USERS; u++)
+        for (uint32_t i = 0; i < MOST; i++)
+            tokens[u][i] = (u * 1000 + i + 1) * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+static void tear_down(void)
+{
+    if (skv)
+        page_bytes_close(&bytes);
+    skv_close(skv);
+    skv = NULL;
+    rig_stop(&rig, SIGTERM); /* the keeper passes it on */
+    rig_fini(&rig);
+}
+
+TestSuite(restart, .init = set_up, .fini = tear_down, .timeout = 300);
+
+#define ON_EVERY_BACKEND(claim) TEST_ON_EVERY_BACKEND(restart, claim, .timeout = 300)
+
+/* A test's first line. */
+static void stage(const struct backend *backend)
+{
+    require(backend);
+    rig_init(&rig);
+    rig.device = backend->name;
+}
+
+static int connect_worker(struct skv **out, struct page_bytes *to)
+{
+    int status =
+        rig_connect(&rig,
+                    (struct skv_options){
+                        .geometry = geometry, .model = {.lo = 5}, .rows = 1, .timeout_ms = 20000},
+                    out);
+    return status ? status : page_bytes_open(to, *out, MOST / S);
+}
+
+static void start(void)
+{
+    /* Protected, a worker's extents are common after a restart, and it takes others: more pool. */
+    static const char *const options[][6] = {
+        {"--pool-bytes", "16M", "--tail-ms", "0", NULL},
+        {"--pool-bytes", "512M", "--tail-ms", "0", "--protect", NULL}};
+    rig_start(&rig, options[protect]);
+    cr_assert_eq(connect_worker(&skv, &bytes), 0);
+}
+
+static uint64_t word_of(uint32_t user, uint32_t token)
+{
+    return tokens[user][token] ^ (user + 1) * UINT64_C(0xd6e8feb86659fd93);
+}
+
+/* A user's rows of tokens [begin, end), each all one word: written, or compared. */
+static void write_rows(struct page_bytes *to, const uint32_t *pages, uint32_t user, uint32_t begin,
+                       uint32_t end)
+{
+    for (uint32_t token = begin; token < end; token++)
+        for (uint32_t row = 0; row < page_bytes_rows(to); row++)
+            for (uint32_t i = 0; i < 16; i++)
+                page_bytes_row(to, pages, token, row, true)[i] = word_of(user, token) + row;
+    cr_assert_eq(page_bytes_store(to, pages, begin, end), 0);
+}
+
+static void check_rows(const struct skv_grant *grant, uint32_t user)
+{
+    cr_assert_eq(page_bytes_fetch(&bytes, grant->pages, grant->cached), 0);
+    for (uint32_t token = 0; token < grant->cached; token++)
+        for (uint32_t row = 0; row < page_bytes_rows(&bytes); row++)
+            for (uint32_t i = 0; i < 16; i++)
+                cr_assert_eq(page_bytes_row(&bytes, grant->pages, token, row, false)[i],
+                             word_of(user, token) + row, "user %u, token %u: another's bytes", user,
+                             token);
+}
+
+static int acquire(struct skv *s, uint32_t user, uint32_t history, uint32_t flags,
+                   struct skv_batch *batch)
+{
+    struct skv_request request = {.user = skv_user_integer(user),
+                                  .tokens = tokens[user],
+                                  .history = history,
+                                  .max_cached = UINT32_MAX,
+                                  .flags = flags};
+    return skv_acquire(s, 0, &request, 1, batch);
+}
+
+/* One request: verify what is cached, append the rest. */
+static void serve(uint32_t user, uint32_t history)
+{
+    struct skv_batch batch;
+    cr_assert_eq(acquire(skv, user, history, 0, &batch), 0);
+    const struct skv_grant *grant = &batch.grants[0];
+    uint32_t least = known[user].committed - known[user].committed % S;
+    cr_assert(grant->cached >= (least < history ? least : history), "user %u: %u of %u", user,
+              grant->cached, known[user].committed);
+    check_rows(grant, user);
+    bool appends = grant->flags & SKV_GRANT_APPEND;
+    if (appends)
+        write_rows(&bytes, grant->pages, user, grant->cached, history);
+    struct skv_committed result;
+    int status = skv_commit(skv, &batch, &result);
+    cr_assert(status == 0 || status == SKV_ELOST, "%s", skv_strerror(status));
+    if (status)
+        known[user].perhaps = appends ? history : 0;
+    else
+        known[user].committed = result.committed;
+    if (!status)
+        known[user].perhaps = 0;
+}
+
+/* All of every user is in the pool, and right. Returns milliseconds to the first hit. */
+static double check_all(uint64_t since_ns)
+{
+    double first_ms = 0;
+    for (uint32_t u = 0; u < USERS; u++) {
+        struct skv_batch batch;
+        uint32_t most =
+            known[u].perhaps > known[u].committed ? known[u].perhaps : known[u].committed;
+        if (!most)
+            continue;
+        cr_assert_eq(acquire(skv, u, most, SKV_REQUEST_READ | SKV_REQUEST_NO_ONBOARD, &batch), 0);
+        const struct skv_grant *grant = &batch.grants[0];
+        cr_assert(grant->gpu_tokens >= known[u].committed && grant->gpu_tokens <= most,
+                  "user %u has %u tokens in the pool, committed were %u", u, grant->gpu_tokens,
+                  known[u].committed);
+        if (!first_ms)
+            first_ms = (double)(skv_now_ns() - since_ns) / 1e6;
+        check_rows(grant, u);
+        known[u].committed = grant->cached;
+        known[u].perhaps = 0;
+        cr_assert_eq(skv_release(skv, &batch), 0);
+    }
+    return first_ms;
+}
+
+static void fill(void)
+{
+    for (uint32_t u = 0; u < USERS; u++)
+        serve(u, 20 + u * 3);
+}
+
+/* Free pages once everybody has settled; the pool's pages less those of the known users. */
+static bool nothing_leaks(void)
+{
+    uint64_t used = 0;
+    for (uint32_t u = 0; u < USERS; u++)
+        used += (known[u].committed + S - 1) / S;
+    struct skv_stats stats;
+    for (int i = 0; i < 400; i++) {
+        if (skv_stats(skv, &stats))
+            return false;
+        if (stats.pool_pages - stats.pool_pages_free == used)
+            return true;
+        poll(NULL, 0, 10);
+    }
+    fprintf(stderr, "%llu pages in use, %llu expected\n",
+            (unsigned long long)(stats.pool_pages - stats.pool_pages_free),
+            (unsigned long long)used);
+    return false;
+}
+
+/* ---- the daemon killed ---- */
+
+static struct {
+    pthread_t thread;
+    pid_t victim;
+    uint32_t after_us;
+    uint64_t killed_ns;
+    uint32_t done;
+} killer;
+
+static void *kill_later(void *unused)
+{
+    usleep(killer.after_us);
+    killer.killed_ns = skv_now_ns();
+    kill(killer.victim, SIGKILL);
+    __atomic_store_n(&killer.done, 1, __ATOMIC_RELEASE);
+    return unused;
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+ON_EVERY_BACKEND(whoever_kills_the_daemon_the_pool_is_served_on)
+{
+    stage(backend);
+    const char *given = getenv("RESTART_KILLS");
+    uint32_t kills = given ? (uint32_t)atoi(given) : 50, seed = 1;
+    double *times = calloc(kills, sizeof *times);
+    start();
+    void *base = skv_pool_base(skv);
+    fill();
+    for (uint32_t k = 0; k < kills; k++) {
+        killer.victim = (pid_t)skv_server(skv)->pid;
+        killer.after_us = (uint32_t)rand_r(&seed) % 30000;
+        killer.done = 0;
+        cr_assert_eq(pthread_create(&killer.thread, NULL, kill_later, NULL), 0);
+        while (!__atomic_load_n(&killer.done, __ATOMIC_ACQUIRE)) {
+            uint32_t user = (uint32_t)rand_r(&seed) % USERS;
+            uint32_t history = known[user].committed + (uint32_t)rand_r(&seed) % 24;
+            if (history > MOST) {
+                /* ENOENT: done, the answer was lost, and the next daemon was asked again */
+                int status = skv_forget(skv, (struct skv_id){0}, skv_user_integer(user));
+                if (status == SKV_EAGAIN)
+                    continue; /* a slow machine: its store is not there yet */
+                cr_assert(status == 0 || status == SKV_ENOENT, "%s", skv_strerror(status));
+                known[user].committed = known[user].perhaps = 0;
+                continue;
+            }
+            serve(user, history ? history : 1);
+        }
+        pthread_join(killer.thread, NULL);
+        for (int i = 0; i < 1000 && skv_server(skv)->pid == (uint32_t)killer.victim; i++)
+            skv_ping(skv, NULL);
+        times[k] = check_all(killer.killed_ns);
+        cr_assert_eq(skv_pool_base(skv), base);
+    }
+    cr_expect(nothing_leaks());
+    qsort(times, kills, sizeof *times, compare);
+    printf("restart: %u kills; from kill to first pool hit p50 %.1f ms, most %.1f ms\n", kills,
+           times[kills / 2], times[kills - 1]);
+    free(times);
+}
+
+ON_EVERY_BACKEND(a_planned_one_fails_no_request)
+{
+    stage(backend);
+    start();
+    fill();
+    struct skv_options options = {.admin = true, .timeout_ms = 20000};
+    for (int round = 0; round < 5; round++) {
+        struct skv *admin;
+        uint32_t before = skv_server(skv)->pid;
+        cr_assert_eq(rig_connect(&rig, options, &admin), 0);
+        cr_assert_eq(skv_restart(admin), 0);
+        uint64_t begin = skv_now_ns();
+        for (uint32_t i = 0; i < 2000 && skv_server(skv)->pid == before; i++) {
+            uint32_t user = i % USERS;
+            serve(user, known[user].committed < MOST ? known[user].committed + 1 : MOST);
+            cr_assert_eq(known[user].perhaps, 0, "a commit was lost");
+        }
+        cr_assert_neq(skv_server(skv)->pid, before);
+        skv_close(admin);
+        printf("restart: planned, first request answered after %.1f ms\n", check_all(begin));
+    }
+    cr_expect(nothing_leaks());
+}
+
+static void await_new_daemon(uint32_t before)
+{
+    for (int i = 0; i < 20000 && skv_server(skv)->pid == before; i++) {
+        skv_ping(skv, NULL);
+        poll(NULL, 0, 1);
+    }
+    cr_assert_neq(skv_server(skv)->pid, before);
+}
+
+/* ---- before the store is there ---- */
+
+static char hold[128]; /* while there is such a file, the store's check takes */
+
+static void hold_checks(void)
+{
+    snprintf(hold, sizeof hold, "%s/hold", rig.directory);
+    setenv("SIDEKV_TEST_CHECK", hold, 1);
+}
+
+static bool store_awaited(void)
+{
+    struct skv_stats stats;
+    cr_assert_eq(skv_stats(skv, &stats), 0);
+    return stats.store_awaited;
+}
+
+static void await_store(void)
+{
+    for (int i = 0; i < 20000 && store_awaited(); i++)
+        poll(NULL, 0, 1);
+    cr_assert_not(store_awaited());
+}
+
+/* The daemon is killed; the next one serves, and its store is not there. */
+static void kill_and_hold(void)
+{
+    FILE *file = fopen(hold, "we");
+    cr_assert(file && fclose(file) == 0);
+    uint32_t before = skv_server(skv)->pid;
+    kill((pid_t)before, SIGKILL);
+    await_new_daemon(before);
+    cr_assert(store_awaited());
+}
+
+static uint32_t stored_tokens(uint32_t user)
+{
+    struct skv_user_info info = {0};
+    int status = skv_lookup(skv, (struct skv_id){0}, skv_user_integer(user), &info);
+    cr_assert(status == 0 || status == SKV_ENOENT, "%s", skv_strerror(status));
+    return info.stored;
+}
+
+/* One who asks an admin's question of its own, and waits for the answer. */
+struct asker {
+    pthread_t thread;
+    uint32_t user; /* to be forgotten; USERS: a FLUSH */
+    int status;
+};
+
+static void *ask(void *context)
+{
+    struct asker *asker = context;
+    struct skv_options options = {.admin = true, .timeout_ms = 20000};
+    struct skv *admin;
+    asker->status = rig_connect(&rig, options, &admin);
+    if (asker->status)
+        return NULL;
+    do
+        asker->status = asker->user == USERS
+                            ? skv_flush(admin)
+                            : skv_forget(admin, (struct skv_id){0}, skv_user_integer(asker->user));
+    while (asker->status == SKV_EAGAIN);
+    skv_close(admin);
+    return NULL;
+}
+
+ON_EVERY_BACKEND(pool_hits_come_before_the_store_and_store_hits_with_it)
+{
+    stage(backend);
+    struct skv_batch batch;
+    hold_checks();
+    start();
+    fill();
+    cr_assert_eq(skv_flush(skv), 0);
+    cr_assert_eq(skv_evict(skv, (struct skv_id){0}, skv_user_integer(3)), 0);
+    serve(7, known[7].committed + 10); /* stored or not */
+    kill_and_hold();
+
+    uint32_t evicted = known[3].committed, longest = known[9].committed + 20;
+    known[3].committed = 0;
+    check_all(skv_now_ns());
+    cr_assert_eq(acquire(skv, 3, evicted, 0, &batch), 0);
+    cr_expect_eq(batch.grants[0].cached, 0);
+    cr_expect_not(batch.grants[0].flags & SKV_GRANT_APPEND, "the store may have it");
+    cr_assert_eq(skv_commit(skv, &batch, NULL), 0);
+    cr_assert_eq(acquire(skv, 9, longest, 0, &batch), 0);
+    cr_expect_eq(batch.grants[0].cached, known[9].committed);
+    cr_expect_not(batch.grants[0].flags & SKV_GRANT_APPEND);
+    check_rows(&batch.grants[0], 9);
+    cr_assert_eq(skv_commit(skv, &batch, NULL), 0);
+    cr_expect_eq(stored_tokens(3), 0);
+    cr_expect_eq(skv_forget(skv, (struct skv_id){0}, skv_user_integer(7)), SKV_EAGAIN);
+    cr_expect_eq(skv_evict(skv, (struct skv_id){0}, skv_user_integer(8)), SKV_EAGAIN);
+    struct asker askers[2] = {{.user = USERS}, {.user = 7}};
+    for (int i = 0; i < 2; i++)
+        cr_assert_eq(pthread_create(&askers[i].thread, NULL, ask, &askers[i]), 0);
+    poll(NULL, 0, 300); /* both have asked, most likely */
+    cr_assert(store_awaited());
+    cr_assert_eq(unlink(hold), 0);
+    for (int i = 0; i < 2; i++)
+        pthread_join(askers[i].thread, NULL);
+    cr_expect_eq(askers[0].status, 0, "FLUSH");
+    cr_expect_eq(askers[1].status, 0, "FORGET");
+    await_store();
+
+    known[3].committed = evicted;
+    known[7].committed = 0;
+    cr_assert_eq(acquire(skv, 3, evicted, 0, &batch), 0);
+    cr_expect_eq(batch.grants[0].cached, evicted);
+    cr_expect(batch.grants[0].flags & SKV_GRANT_STORE);
+    for (uint32_t layer = 0; batch.gated && layer < geometry.layers; layer++)
+        cr_assert_eq(skv_gate_wait(&skv_gate_row(skv, 0)[layer], 20000), 0);
+    check_rows(&batch.grants[0], 3);
+    cr_assert_eq(skv_release(skv, &batch), 0);
+    for (uint32_t u = 0; u < USERS; u++)
+        cr_expect_eq(stored_tokens(u), known[u].committed, "user %u", u);
+    serve(9, longest);
+    cr_expect_eq(known[9].committed, longest);
+    check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+    kill_and_hold(); /* what was forgotten is so for the next one too */
+    cr_expect_eq(stored_tokens(7), 0);
+    cr_assert_eq(unlink(hold), 0);
+    await_store();
+    cr_expect_eq(stored_tokens(7), 0);
+    check_all(skv_now_ns());
+}
+
+ON_EVERY_BACKEND(a_daemon_may_end_before_its_store_is_there)
+{
+    stage(backend);
+    struct skv_options options = {.admin = true, .timeout_ms = 20000};
+    struct skv *admin;
+    hold_checks();
+    start();
+    fill();
+    for (int round = 0; round < 3; round++) {
+        kill_and_hold();
+        check_all(skv_now_ns());
+        uint32_t before = skv_server(skv)->pid;
+        cr_assert_eq(rig_connect(&rig, options, &admin), 0);
+        cr_assert_eq(skv_restart(admin), 0);
+        skv_close(admin);
+        await_new_daemon(before);
+        cr_assert(store_awaited());
+        check_all(skv_now_ns());
+    }
+    kill(rig.daemon, SIGTERM); /* to end for good: it waits for its store, and stores the rest */
+    poll(NULL, 0, 50);
+    cr_assert_eq(unlink(hold), 0);
+    int status;
+    cr_assert_eq(waitpid(rig.daemon, &status, 0), rig.daemon);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    rig.daemon = 0;
+    page_bytes_close(&bytes);
+    skv_close(skv);
+    start();
+    for (uint32_t u = 0; u < USERS; u++)
+        cr_expect_eq(stored_tokens(u), known[u].committed, "user %u", u);
+}
+
+ON_EVERY_BACKEND(a_store_that_proves_damaged_is_filled_from_the_pool)
+{
+    stage(backend);
+    setenv("SIDEKV_TEST_CHECK", "crash", 1);
+    start();
+    fill();
+    cr_assert_eq(skv_flush(skv), 0);
+    uint32_t before = skv_server(skv)->pid;
+    kill((pid_t)before, SIGKILL);
+    await_new_daemon(before);
+    check_all(skv_now_ns());
+    await_store();
+    struct skv_stats stats;
+    cr_assert_eq(skv_stats(skv, &stats), 0);
+    cr_expect_eq(stats.store_cold_starts, 1);
+    cr_assert_eq(skv_flush(skv), 0);
+    for (uint32_t u = 0; u < USERS; u++)
+        cr_expect_eq(stored_tokens(u), known[u].committed, "user %u", u);
+    check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+}
+
+/* ---- workers ---- */
+
+/* A worker in a process of its own, told what to do by the test; forked before the test has opened
+ * the device, which does not cross a fork. */
+struct other {
+    uint32_t step; /* that it has come to */
+    uint32_t go;   /* step that it may take */
+    int commit;    /* what its commit returned */
+    uint32_t pages[MOST / S], count, cached;
+};
+
+static struct other *other;
+
+static void reach(uint32_t step)
+{
+    __atomic_store_n(&other->step, step, __ATOMIC_RELEASE);
+    while (__atomic_load_n(&other->go, __ATOMIC_ACQUIRE) < step)
+        usleep(200);
+}
+
+static void await(uint32_t step)
+{
+    for (int i = 0; i < 50000 && __atomic_load_n(&other->step, __ATOMIC_ACQUIRE) < step; i++)
+        usleep(200);
+    cr_assert_eq(other->step, step);
+}
+
+/* Connects, leases user 0 for appending `history` tokens, waits, scribbles over what it may write,
+ * commits; a step each. */
+static pid_t fork_other(uint32_t history)
+{
+    other = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    pid_t pid = fork();
+    if (pid)
+        return pid;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    struct skv *mine;
+    struct page_bytes own;
+    struct skv_batch batch;
+    reach(1);
+    if (connect_worker(&mine, &own) || acquire(mine, 0, history, 0, &batch))
+        _exit(9);
+    const struct skv_grant *grant = &batch.grants[0];
+    other->cached = grant->cached;
+    other->count = grant->page_count;
+    memcpy(other->pages, grant->pages, grant->page_count * sizeof *grant->pages);
+    reach(2);
+    /* the arena may be gone: its own copy */
+    write_rows(&own, other->pages, 3, other->cached, history);
+    other->commit = skv_commit(mine, &batch, NULL);
+    reach(3);
+    _exit(0);
+}
+
+/* Lets it go on to the next step. */
+static void let_go(uint32_t step)
+{
+    __atomic_store_n(&other->go, step, __ATOMIC_RELEASE);
+}
+
+ON_EVERY_BACKEND(a_worker_stopped_across_it_harms_nobody)
+{
+    stage(backend);
+    pid_t pid = fork_other(100);
+    start();
+    fill();
+    serve(0, 40); /* a page and a tail of 8 */
+    let_go(1);
+    await(2);
+    cr_assert_eq(other->cached, protect ? 32 : 40); /* not its extent */
+    kill(pid, SIGSTOP);
+    uint32_t before = skv_server(skv)->pid;
+    kill((pid_t)before, SIGKILL);
+    await_new_daemon(before);
+    check_all(skv_now_ns());
+
+    await_store();
+    struct skv_batch batch;
+    cr_assert_eq(acquire(skv, 0, 120, 0, &batch), 0);
+    const struct skv_grant *grant = &batch.grants[0];
+    cr_expect(grant->flags & SKV_GRANT_APPEND);
+    cr_expect_eq(grant->cached, 32, "its tail may be written by the one that is stopped");
+    for (uint32_t i = 1; i < grant->page_count; i++)
+        for (uint32_t o = 1; o < other->count; o++)
+            cr_expect_neq(grant->pages[i], other->pages[o], "a page of the stopped worker");
+    write_rows(&bytes, grant->pages, 0, grant->cached, 120);
+    cr_assert_eq(skv_commit(skv, &batch, NULL), 0);
+    known[0].committed = 120;
+    for (uint32_t u = 1; u < USERS; u++) /* everybody gets new pages meanwhile */
+        serve(u, 150);
+
+    kill(pid, SIGCONT);
+    let_go(2);
+    await(3);
+    cr_expect_eq(other->commit, SKV_ELOST);
+    check_all(skv_now_ns());
+    let_go(3);
+    waitpid(pid, NULL, 0);
+    cr_expect(nothing_leaks());
+    check_all(skv_now_ns());
+}
+
+ON_EVERY_BACKEND(a_worker_killed_together_with_the_daemon)
+{
+    stage(backend);
+    pid_t pid = fork_other(100);
+    start();
+    fill();
+    serve(0, 40);
+    let_go(1);
+    await(2);
+    uint32_t before = skv_server(skv)->pid;
+    kill((pid_t)before, SIGKILL);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    await_new_daemon(before);
+    check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+    await_store();
+    serve(0, 90);
+    cr_expect_eq(known[0].committed, 90);
+    check_all(skv_now_ns());
+}
+
+ON_EVERY_BACKEND(an_open_batch_is_answered_and_its_commit_lost)
+{
+    stage(backend);
+    start();
+    fill();
+    struct skv_batch batch;
+    cr_assert_eq(acquire(skv, 7, MOST, 0, &batch), 0);
+    uint32_t before = skv_server(skv)->pid;
+    kill((pid_t)before, SIGKILL);
+    while (!skv_lost(skv))
+        poll(NULL, 0, 1);
+    check_rows(&batch.grants[0], 7); /* the pass goes on */
+    cr_expect_eq(skv_ping(skv, NULL), SKV_ELOST, "a batch is open");
+    cr_expect_eq(skv_commit(skv, &batch, NULL), SKV_ELOST);
+    cr_expect_eq(skv_ping(skv, NULL), 0);
+    check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+}
+
+/* ---- the keeper ---- */
+
+ON_EVERY_BACKEND(without_its_keeper_the_daemon_goes_on)
+{
+    stage(backend);
+    start();
+    fill();
+    pid_t daemon = (pid_t)skv_server(skv)->pid;
+    kill(rig.daemon, SIGKILL);
+    waitpid(rig.daemon, NULL, 0);
+    rig.daemon = 0;
+    for (uint32_t u = 0; u < USERS; u++)
+        serve(u, 140);
+    check_all(skv_now_ns());
+    struct skv_options options = {.admin = true};
+    struct skv *admin;
+    cr_assert_eq(rig_connect(&rig, options, &admin), 0);
+    cr_expect_eq(skv_restart(admin), SKV_ENOTSUP);
+    skv_close(admin);
+    kill(daemon, SIGKILL);
+    while (!skv_lost(skv))
+        poll(NULL, 0, 1);
+}
+
+/* A keeper whose daemons take more arguments from a file. */
+static void start_extensible(const char *const options[], char *extra, size_t size)
+{
+    char path[512], command[1600];
+    snprintf(extra, size, "%s/extra", rig.directory);
+    rig_program(path, sizeof path); /* SIDEKVD: the keeper */
+    *strrchr(path, '/') = 0;
+    snprintf(command, sizeof command,
+             "cp %s/sidekv-keeper %s/keeper && : >%s && "
+             "printf '#!/bin/sh\\nexec %s/sidekvd \"$@\" $(cat %s)\\n' >%s/sidekvd && "
+             "chmod +x %s/sidekvd",
+             path, rig.directory, extra, path, extra, rig.directory, rig.directory);
+    cr_assert_eq(system(command), 0);
+    snprintf(path, sizeof path, "%s/keeper", rig.directory);
+    setenv("SIDEKVD", path, 1);
+    rig_start(&rig, options);
+    cr_assert_eq(connect_worker(&skv, &bytes), 0);
+    fill();
+}
+
+ON_EVERY_BACKEND(a_pool_that_becomes_protected_is_mapped_anew)
+{
+    stage(backend);
+    char command[256], extra[128];
+    static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0", NULL};
+    start_extensible(options, extra, sizeof extra);
+    void *base = skv_pool_base(skv);
+    cr_expect_eq(skv_pool_append_base(skv), base);
+    uint32_t before = skv_server(skv)->pid;
+    snprintf(command, sizeof command, "echo --protect >%s", extra);
+    cr_assert_eq(system(command), 0);
+    kill((pid_t)before, SIGKILL);
+    await_new_daemon(before);
+    cr_expect(skv_lost(skv), "its caller must hear of the new address");
+    cr_assert_eq(skv_reconnect(skv, 20000), 0);
+    cr_expect(skv_server(skv)->protect);
+    cr_expect_eq(skv_pool_base(skv), base);
+    cr_expect_neq(skv_pool_append_base(skv), base);
+    check_all(skv_now_ns());
+    await_store();
+    serve(7, MOST);
+    cr_expect_eq(known[7].committed, MOST);
+    check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+}
+
+ON_EVERY_BACKEND(another_geometry_starts_afresh)
+{
+    stage(backend);
+    char command[256], extra[128];
+    static const char *const options[] = {"--store", "none", "--pool-bytes", "16M", NULL};
+    start_extensible(options, extra, sizeof extra);
+    uint32_t before = skv_server(skv)->pid;
+    snprintf(command, sizeof command, "echo --page-tokens 16 >%s", extra);
+    cr_assert_eq(system(command), 0);
+    kill((pid_t)before, SIGKILL);
+    while (!skv_lost(skv))
+        poll(NULL, 0, 1);
+    cr_expect_eq(skv_reconnect(skv, 20000), SKV_EGEOMETRY);
+    page_bytes_close(&bytes);
+    skv_close(skv);
+    struct skv_options other_geometry = {
+        .geometry = geometry, .model = {.lo = 5}, .rows = 1, .timeout_ms = 20000};
+    other_geometry.geometry.page_tokens = 16;
+    cr_assert_eq(rig_connect(&rig, other_geometry, &skv), 0);
+    struct skv_stats stats;
+    cr_assert_eq(skv_stats(skv, &stats), 0);
+    cr_expect_eq(stats.pool_pages_free, stats.pool_pages);
+    cr_expect_eq(stats.users_resident, 0);
+}
