@@ -276,6 +276,7 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     a->batch.pages = (uint32_t *)device_copy(shuffled, p->pool_pages * sizeof(uint32_t));
     a->batch.slices = (uint8_t *)device_copy(slices, p->rows);
     a->batch.work = (struct hstu_work *)device_copy(work, (2 * capacity + 2) * sizeof *work);
+    a->batch.work_room = 2 * capacity + 2;
     a->batch.work_count = (uint32_t *)device_copy(&p->items, sizeof p->items);
     a->batch.next = (uint32_t *)device_alloc(SKV_MAX_LAYERS * sizeof(uint32_t));
     a->partial = (float *)device_alloc((uint64_t)p->max_slices * p->rows * g->heads * g->head_dim *

@@ -222,7 +222,7 @@ template <int D> struct producer {
         uint32_t pairs = gridDim.x / 2, pair = blockIdx.x / 2;
         uint32_t unit = n * pairs + (n % 2 ? pairs - 1 - pair : pair);
         if (lane < 2)
-            read_item(&at.control->draft[lane], p, unit * 2 + lane, *p.batch.work_count);
+            read_item(&at.control->draft[lane], p, unit * 2 + lane);
         __syncwarp();
     }
 

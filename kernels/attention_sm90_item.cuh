@@ -46,11 +46,11 @@ struct span {
 
 /* A block's part of a unit, in shared memory. */
 struct item {
-    struct hstu_work work;          /* of a joined unit: rows of both, the keys of the longer */
-    int32_t history, cached, group; /* h, c, g */
-    struct span span[3];            /* prefix, in-flight history, candidates */
-    int32_t tiles[3];               /* how many tiles up to and with this span */
-    int32_t steps;                  /* tiles of the unit; 0: no unit, the list is done */
+    alignas(16) struct hstu_work work; /* of a joined unit: rows of both, the keys of the longer */
+    int32_t group;                     /* g */
+    struct span span[3];               /* prefix, in-flight history, candidates */
+    int32_t tiles[3];                  /* how many tiles up to and with this span */
+    int32_t steps;                     /* tiles of the unit; 0: no unit, the list is done */
     int32_t joined;
     int32_t group_row[WARPGROUPS];  /* where each warpgroup's 64 rows begin, from the first row */
     uint32_t group_out[WARPGROUPS]; /* of that row: (slice * rows + row) * H + head */
@@ -83,14 +83,21 @@ __device__ __forceinline__ int32_t tiles_of(struct span s)
 
 __device__ __forceinline__ int32_t first_position(const struct item *it)
 {
-    return it->cached + it->work.row0;
+    return (int32_t)(it->work.cached + it->work.row0);
+}
+
+/* The first key of the group of the candidate at this position, or of the first one. */
+__device__ __forceinline__ int32_t candidates_from(const struct item *it, int32_t position)
+{
+    int32_t history = it->work.history;
+    return history + max(position - history, 0) / it->group * it->group;
 }
 
 /* Cuts the keys of it->work into spans of tiles. */
 __device__ __forceinline__ void cut(struct item *it, const struct parameters &p)
 {
-    int32_t first = first_position(it), after = first + it->work.rows, history = it->history;
-    int32_t key0 = it->work.key0, key1 = it->work.key1, cached = it->cached;
+    int32_t first = first_position(it), after = first + it->work.rows, history = it->work.history;
+    int32_t key0 = it->work.key0, key1 = it->work.key1, cached = it->work.cached;
     int32_t seen = min(min(history, after), key1); /* end of the history that its rows see */
     int32_t shift = p.pool.k_shift;
     struct span prefix = {key0 >> shift << shift, min(cached, seen)};
@@ -113,26 +120,33 @@ __device__ __forceinline__ void cut(struct item *it, const struct parameters &p)
 }
 
 /* Reads item `index` of the work list, or makes an empty one past its end; an item of no rows
- * is a hole that evens out the pairs. */
+ * is a hole that evens out the pairs. Item and count are asked for at once. */
 __device__ __forceinline__ void read_item(struct item *it, const struct parameters &p,
-                                          uint32_t index, uint32_t count)
+                                          uint32_t index)
 {
-    if (index < count)
-        it->work = p.batch.work[index];
+    constexpr int PARTS = sizeof(struct hstu_work) / sizeof(uint4);
+    const uint4 *from = reinterpret_cast<const uint4 *>(p.batch.work + index);
+    uint4 part[PARTS] = {};
+    uint32_t count = *p.batch.work_count;
+    if (index < p.batch.work_room) {
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            part[i] = from[i];
+    }
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+        reinterpret_cast<uint4 *>(&it->work)[i] = part[i];
     if (index >= count || it->work.rows == 0) {
         it->work.rows = it->work.row0 = 0;
         it->tiles[0] = it->tiles[1] = it->tiles[2] = 0;
-        it->history = it->cached = it->group = 1;
+        it->work.history = it->work.cached = it->group = 1;
         return;
     }
-    uint32_t sequence = it->work.sequence, row_start = p.batch.row_start[sequence];
-    int32_t cached = p.batch.cached[sequence];
-    it->history = p.batch.history[sequence];
-    it->cached = cached;
+    int32_t cached = it->work.cached;
     it->group = p.group;
-    it->row = row_start + it->work.row0;
-    it->to_row = (int32_t)row_start - cached;
-    it->page = p.batch.pages + p.batch.page_start[sequence];
+    it->row = it->work.row_start + it->work.row0;
+    it->to_row = (int32_t)it->work.row_start - cached;
+    it->page = p.batch.pages + it->work.page_start;
     it->pages = (cached + (1 << p.page_shift) - 1) >> p.page_shift;
     cut(it, p);
 }
@@ -215,7 +229,7 @@ __device__ __forceinline__ struct view look(const struct item *it, const struct 
     v.valid = tile.end - tile.start;
     v.masked = true;
     if (tile.kind == 2)
-        low = max(low, it->history + max(first - it->history, 0) / it->group * it->group);
+        low = max(low, candidates_from(it, first));
     v.from = max(low - tile.start, 0);
     v.to = rows > 0 ? min(tile.end, after) - tile.start : 0;
     if (tile.kind < 2)
@@ -239,9 +253,8 @@ __device__ __forceinline__ struct row_mask mask_of(const struct item *it, const 
         int32_t position = first_row + i * 8;
         int32_t low = it->work.key0, high = min(tile.end, position + 1);
         if (tile.kind == 2) {
-            int32_t candidate = position - it->history;
-            low = max(low, it->history + max(candidate, 0) / it->group * it->group);
-            if (candidate < 0)
+            low = max(low, candidates_from(it, position));
+            if (position < (int32_t)it->work.history)
                 high = low;
         }
         mask.low[i] = low - tile.start;

@@ -90,6 +90,7 @@ static struct hstu_device_batch device_batch(const struct hstu_cuda *c)
         .slot = a->slot,
         .slices = a->slices,
         .work = a->work,
+        .work_room = c->work_capacity,
         .work_count = &a->counts->work,
         .target_start = a->counts->target_start,
         .next = a->counts->next,

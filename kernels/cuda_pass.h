@@ -25,14 +25,18 @@ extern "C" {
  *
  * The slices of one tile partition [0, a1), a1 being one past the tile's last absolute row; key0 is
  * a multiple of the path's key_step, and only the last slice goes past h. Between h and the
- * candidates' own groups lie keys that no row of the tile may see: skip them by tiles. */
+ * candidates' own groups lie keys that no row of the tile may see: skip them by tiles.
+ *
+ * What a block needs of the sequence is repeated here, so that one load tells all. */
 struct hstu_work {
     uint32_t sequence, head;
     uint32_t row0;
     uint32_t key0, key1;
     uint32_t slice;
-    uint32_t rows;     /* 1 to tile_rows */
-    uint32_t reserved; /* 0 */
+    uint32_t rows;                  /* 1 to tile_rows */
+    uint32_t history, cached;       /* h, c */
+    uint32_t row_start, page_start; /* the sequence's first query row; its first of `pages` */
+    uint32_t reserved;              /* 0; the size is a multiple of 16 */
 };
 
 /* Fixed device addresses. Lengths are data: a graph is captured for `rows` only. */
@@ -48,6 +52,7 @@ struct hstu_device_batch {
         *slot; /* [rows] page * S + slot where K and V of the row go, UINT32_MAX: nowhere */
     const uint8_t *slices; /* [rows] slices of the row to sum, at least 1; 0 for padding */
     const struct hstu_work *work;
+    uint32_t work_room;           /* items that may be read, whatever the count */
     const uint32_t *work_count;   /* one word */
     const uint32_t *target_start; /* [batch + 1] first logit row of a sequence */
     uint32_t *next; /* [layers] 0 when a pass starts: launch l may draw its items from next[l] by

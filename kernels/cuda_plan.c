@@ -39,6 +39,11 @@ struct shape {
     uint32_t tile_rows, key_step, group, heads;
 };
 
+/* Where a sequence lies in the batch. */
+struct place {
+    uint32_t sequence, row_start, page_start;
+};
+
 static uint32_t divide_up(uint32_t a, uint32_t b)
 {
     return (a + b - 1) / b;
@@ -167,8 +172,9 @@ static uint32_t choose_target(const struct shape *s, uint32_t graph_rows, uint32
 }
 
 /* Calls for every item of a sequence, in a fixed order: counts them by length, or places them. */
-static uint32_t walk(const struct shape *s, uint32_t sequence, uint32_t target, uint32_t max_slices,
-                     uint32_t *lengths, struct hstu_work *work, uint8_t *row_slices)
+static uint32_t walk(const struct shape *s, const struct place *at, uint32_t target,
+                     uint32_t max_slices, uint32_t *lengths, struct hstu_work *work,
+                     uint8_t *row_slices)
 {
     uint32_t items = 0;
     for (uint32_t i = 0; i * s->tile_rows < s->rows; i++) {
@@ -186,13 +192,17 @@ static uint32_t walk(const struct shape *s, uint32_t sequence, uint32_t target, 
             uint32_t key1 = k + 1 == slices ? t.key_end : key0 + steps * s->key_step;
             uint32_t *place = &lengths[length_bucket(item_steps(&t, steps, k, slices))];
             for (uint32_t head = 0; head < s->heads; head++)
-                work[(*place)++] = (struct hstu_work){.sequence = sequence,
+                work[(*place)++] = (struct hstu_work){.sequence = at->sequence,
                                                       .head = head,
                                                       .row0 = t.row0,
                                                       .key0 = key0,
                                                       .key1 = key1,
                                                       .slice = k,
-                                                      .rows = t.rows};
+                                                      .rows = t.rows,
+                                                      .history = s->history,
+                                                      .cached = s->cached,
+                                                      .row_start = at->row_start,
+                                                      .page_start = at->page_start};
         }
     }
     return items;
@@ -206,7 +216,8 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
     assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1);
     uint32_t places[LENGTHS] = {0}, targets[SKV_MAX_BATCH] = {0};
     struct shape shapes[SKV_MAX_BATCH];
-    uint32_t items = 0, row = 0;
+    struct place at[SKV_MAX_BATCH];
+    uint32_t items = 0, row = 0, page = 0;
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
         shapes[b] = (struct shape){.cached = s->cached,
@@ -222,8 +233,10 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
         else if (shapes[b].rows)
             targets[b] = choose_target(&shapes[b], rows, sm_count, max_slices);
         assert(row + shapes[b].rows <= rows);
-        items += walk(&shapes[b], b, targets[b], max_slices, places, NULL, row_slices + row);
+        at[b] = (struct place){.sequence = b, .row_start = row, .page_start = page};
+        items += walk(&shapes[b], &at[b], targets[b], max_slices, places, NULL, row_slices + row);
         row += shapes[b].rows;
+        page += divide_up(s->cached, geometry->page_tokens);
     }
     memset(row_slices + row, 0, rows - row);
     if (items > capacity)
@@ -235,6 +248,6 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
         place += n;
     }
     for (uint32_t b = 0; b < count; b++)
-        walk(&shapes[b], b, targets[b], max_slices, places, work, NULL);
+        walk(&shapes[b], &at[b], targets[b], max_slices, places, work, NULL);
     return items;
 }

@@ -2,7 +2,7 @@
  * addresses and embeds the rows, so that a launch patches nothing. One warp a row; besides, the
  * first blocks together copy counts, page ids and work items, 16 bytes a thread.
  *
- * Moves over PCIe: 16 bytes a row, 4 a page, 32 a work item, and sizeof(struct hstu_counts); on the
+ * Moves over PCIe: 16 bytes a row, 4 a page, 48 a work item, and sizeof(struct hstu_counts); on the
  * device two table rows read and one row of x written per row. What counts on PCIe is the number of
  * requests: one of 128 bytes for a block's eight rows, full lines for the rest. (Loads marked
  * volatile go out lane by lane: 2 us a row.) */

@@ -141,6 +141,7 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
                   .slot = on_device(slot, rows * 4),
                   .slices = on_device(slices, rows),
                   .work = on_device(work, counts.work * sizeof *work),
+                  .work_room = counts.work,
                   .work_count = &on_counts->work,
                   .target_start = on_counts->target_start,
                   .next = on_counts->next},
