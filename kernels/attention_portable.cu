@@ -259,13 +259,17 @@ __global__ void __launch_bounds__(THREADS)
             uint32_t local = warp * 16 + lane / 4 + i * 8;
             if (local >= item.rows)
                 continue;
-            float *out = args.partial +
-                         ((uint64_t)item.slice * args.rows + first + item.row0 + local) * hd +
-                         item.head * D + lane % 4 * 2;
+            float *out =
+                args.partial + ((uint64_t)item.slice * args.rows + first + item.row0 + local) * hd;
+            const uint32_t column = item.head * D + lane % 4 * 2;
+            uint32_t *rounded = reinterpret_cast<uint32_t *>(out) + column / 2;
+            float2 *sums = reinterpret_cast<float2 *>(out + column);
 #pragma unroll
             for (int n = 0; n < D / 8; n++)
-                *reinterpret_cast<float2 *>(out + n * 8) =
-                    make_float2(o[n][2 * i], o[n][2 * i + 1]);
+                if (item.slices == 1)
+                    rounded[n * 4] = mma::pack(o[n][2 * i], o[n][2 * i + 1]);
+                else
+                    sums[n * 4] = make_float2(o[n][2 * i], o[n][2 * i + 1]);
         }
     }
 }

@@ -112,11 +112,21 @@ template <int D> struct producer {
     struct layout<D> at;
     uint32_t lane;
     struct cursor<D> ring;
+    bool waited; /* for the kernel before */
 
     __device__ __forceinline__ producer(const struct parameters &p_, const struct layout<D> &at_,
                                         uint32_t lane_)
-        : p(p_), at(at_), lane(lane_), ring{0, 0}
+        : p(p_), at(at_), lane(lane_), ring{0, 0}, waited(false)
     {
+    }
+
+    /* Before the first load from m. The work list, the page ids and the pages' cached rows are
+     * older than the kernel before. */
+    __device__ __forceinline__ void wait_for_m()
+    {
+        if (!waited)
+            dependency_wait();
+        waited = true;
     }
 
     /* Waits for the next slot and announces its bytes; returns the slot's address. */
@@ -199,6 +209,7 @@ template <int D> struct producer {
 
     __device__ __forceinline__ void load_q(const struct item *it, uint32_t use)
     {
+        wait_for_m();
 #pragma unroll 1
         for (int g = 0; g < WARPGROUPS; g++) {
             uint32_t full = shared_address(&at.control->q_full[g]);
@@ -226,10 +237,20 @@ template <int D> struct producer {
         __syncwarp();
     }
 
+    __device__ __forceinline__ void prefetch_maps()
+    {
+        if (lane != 0)
+            return;
+        map_prefetch(&p.pool_k);
+        map_prefetch(&p.pool_v);
+        map_prefetch(&p.m_q);
+        map_prefetch(&p.m_k);
+        map_prefetch(&p.m_v);
+    }
+
     __device__ __forceinline__ void run()
     {
         constexpr int CHUNKS = config<D>::CHUNKS;
-        draft(0);
         for (uint32_t n = 0;; n++) {
             struct item *it = &at.control->item[n & 1];
             barrier_wait(shared_address(&at.control->item_empty[n & 1]), (n >> 1 & 1) ^ 1);
@@ -237,13 +258,17 @@ template <int D> struct producer {
             if (lane == 0) /* releases the item to the consumers; syncwarp does to our own lanes */
                 barrier_arrive(shared_address(&at.control->item_full[n & 1]));
             __syncwarp();
-            if (it->steps == 0)
+            if (it->steps == 0) {
+                wait_for_m(); /* the grid ends after the one before it, whatever there was to do */
                 return;
+            }
             struct page_window window = {-32, 0};
 #pragma unroll 1
             for (int32_t t = 0; t < it->steps; t++) {
                 struct tile tile = tile_at(it, t);
                 int32_t page = tile.start >> p.page_shift;
+                if (tile.kind != 0)
+                    wait_for_m();
                 if (tile.kind == 0 && ((tile.end - 1) >> p.page_shift) >= window.base + 32) {
                     window.base = page;
                     window.id = it->page[min(page + (int32_t)lane, it->pages - 1)];
@@ -253,14 +278,17 @@ template <int D> struct producer {
                     load_k(it, tile, window, c);
                     /* The ring has two slots to spare beyond a whole tile: they are free before Q
                      * is, when an item ends. */
-                    if (t == 0 && c == min(CHUNKS, 2) - 1)
+                    if (t == 0 && n > 0 && c == min(CHUNKS, 2) - 1)
                         load_q(it, n);
                 }
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++)
                     load_v(it, tile, window, c);
-                if (t == 0) /* while the consumers are busy */
-                    draft(n + 1);
+                if (t > 0)
+                    continue;
+                if (n == 0) /* the first tile does not wait for m, if it is of pages */
+                    load_q(it, n);
+                draft(n + 1); /* while the consumers are busy */
             }
         }
     }
@@ -311,7 +339,7 @@ __device__ __forceinline__ int32_t uniform(int32_t x)
     return __shfl_sync(~0u, x, 0);
 }
 
-__device__ __forceinline__ void store_pair(float *to, float x, float y, bool valid)
+__device__ __forceinline__ void store_pair(void *to, float x, float y, bool valid)
 {
     asm volatile("{\n\t"
                  ".reg .pred valid;\n\t"
@@ -319,6 +347,17 @@ __device__ __forceinline__ void store_pair(float *to, float x, float y, bool val
                  "@valid st.global.v2.f32 [%0], {%1, %2};\n\t"
                  "}" ::"l"(to),
                  "f"(x), "f"(y), "r"((int)valid)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_word(void *to, uint32_t x, bool valid)
+{
+    asm volatile("{\n\t"
+                 ".reg .pred valid;\n\t"
+                 "setp.ne.b32 valid, %2, 0;\n\t"
+                 "@valid st.global.b32 [%0], %1;\n\t"
+                 "}" ::"l"(to),
+                 "r"(x), "r"((int)valid)
                  : "memory");
 }
 
@@ -330,8 +369,9 @@ template <int D> struct consumer {
     uint32_t empty;             /* cluster address of empty[0] of the block of rank lane % 2 */
     struct cursor<D> ring;
     /* The finished item whose o is still in registers. */
-    uint32_t out;  /* of this thread's first row, in units of D elements */
+    char *out;     /* where this thread's first row begins */
     int32_t below; /* valid rows from that row on */
+    bool whole;    /* of one slice: to be rounded */
 
     __device__ __forceinline__ consumer(const struct parameters &p_, const struct layout<D> &at_,
                                         uint32_t group_, uint32_t warp_, uint32_t lane_)
@@ -370,20 +410,41 @@ template <int D> struct consumer {
         return max(min((int32_t)it->work.rows - it->group_row[group], 64), 0);
     }
 
-    /* Stores the finished item's o, two floats a time: four lanes fill a sector of 32 bytes. Called
-     * while a product is in flight: no branches but uniform ones. */
+    /* Stores the finished item's o. Called while a product is in flight: no branches but uniform
+     * ones. */
     __device__ __forceinline__ void store(float *o)
     {
-        float *upper = p.partial + (uint64_t)out * D + lane % 4 * 2;
-        float *lower = upper + (uint64_t)8 * p.heads * D;
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            store_pair(upper + i * 8, o[i * 4], o[i * 4 + 1], below > 0);
-            store_pair(lower + i * 8, o[i * 4 + 2], o[i * 4 + 3], below > 8);
-        }
+        if (whole)
+            store_rounded(o);
+        else
+            store_sums(o);
 #pragma unroll
         for (int i = 0; i < D / 2; i++)
             o[i] = 0;
+    }
+
+    /* Two floats a time: four lanes fill a sector of 32 bytes. */
+    __device__ __forceinline__ void store_sums(const float *o)
+    {
+        char *lower = out + 8 * p.heads * D * sizeof(float);
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+            store_pair(out + i * 32, __float_as_uint(o[i * 4]), __float_as_uint(o[i * 4 + 1]),
+                       below > 0);
+            store_pair(lower + i * 32, __float_as_uint(o[i * 4 + 2]), __float_as_uint(o[i * 4 + 3]),
+                       below > 8);
+        }
+    }
+
+    /* Two bf16 a time: half a sector (registers are too scarce to swap halves with a neighbour). */
+    __device__ __forceinline__ void store_rounded(const float *o)
+    {
+        char *lower = out + 8 * p.heads * D * sizeof(float);
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+            store_word(out + i * 16, pack_bf16(o[i * 4], o[i * 4 + 1]), below > 0);
+            store_word(lower + i * 16, pack_bf16(o[i * 4 + 2], o[i * 4 + 3]), below > 8);
+        }
     }
 
     /* Zeroes V rows [from, to) of the tile, all dims. The whole warpgroup; each warpgroup for
@@ -537,7 +598,11 @@ template <int D> struct consumer {
             }
             int32_t row = warp * 16 + lane / 4;
             below = rows_of(it) - row;
-            out = it->group_out[group] + row * p.heads;
+            whole = uniform(it->work.slices) == 1;
+            uint32_t column = (it->work.head * D + lane % 4 * 2) * (whole ? 2 : 4); /* in bytes */
+            out = reinterpret_cast<char *>(p.partial +
+                                           (uint64_t)(it->group_out[group] + row) * p.heads * D) +
+                  column;
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(shared_address(&at.control->item_empty[n & 1]));
@@ -576,15 +641,18 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         }
         barrier_init_fence();
     }
-    cluster_sync(); /* the other block's barriers are ready too */
-    dependency_wait();
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    struct producer<D> producer(p, at, lane);
+    cluster_arrive();
+    if (warp == 0)
+        producer.draft(0);
+    else if (warp == 1)
+        producer.prefetch_maps();
+    cluster_wait(); /* the other block's barriers are ready too */
     if (warp < 4) {
         registers_shrink<PRODUCER_REGISTERS>();
-        if (warp == 0) {
-            struct producer<D> producer(p, at, lane);
+        if (warp == 0)
             producer.run();
-        }
     } else {
         registers_grow<CONSUMER_REGISTERS>();
         struct consumer<D> consumer(p, at, warp / 4 - 1, warp % 4, lane);
@@ -688,9 +756,17 @@ int launch(const struct state *state, const struct hstu_attention_args *args, cu
     p.layer = args->layer;
     p.layers = args->geometry.layers;
     p.page_shift = __builtin_ctz(args->geometry.page_tokens);
-    uint32_t blocks = args->sm_count < 2 ? 2 : args->sm_count & ~1u;
-    attention_kernel<D><<<blocks, THREADS, shared_bytes<D>(), stream>>>(p);
-    return cuda_status(cudaGetLastError(), "launch");
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t grid = {};
+    grid.gridDim = dim3(args->sm_count < 2 ? 2 : args->sm_count & ~1u);
+    grid.blockDim = dim3(THREADS);
+    grid.dynamicSmemBytes = shared_bytes<D>();
+    grid.stream = stream;
+    grid.attrs = &attribute;
+    grid.numAttrs = args->early ? 1 : 0;
+    return cuda_status(cudaLaunchKernelEx(&grid, attention_kernel<D>, p), "launch");
 }
 
 uint32_t path_tile_rows(uint32_t head_dim)

@@ -53,7 +53,7 @@ struct item {
     int32_t steps;                     /* tiles of the unit; 0: no unit, the list is done */
     int32_t joined;
     int32_t group_row[WARPGROUPS];  /* where each warpgroup's 64 rows begin, from the first row */
-    uint32_t group_out[WARPGROUPS]; /* of that row: (slice * rows + row) * H + head */
+    uint32_t group_out[WARPGROUPS]; /* of that row: slice * rows + row */
     uint32_t row;                   /* of m: the first query row */
     int32_t to_row;                 /* row of m of key t: t + to_row */
     const uint32_t *page;           /* the sequence's page ids */
@@ -157,14 +157,14 @@ __device__ __forceinline__ bool joins(const struct item *a, const struct item *b
 {
     const struct hstu_work &x = a->work, &y = b->work;
     return x.rows == ROWS && y.rows > 0 && x.sequence == y.sequence && x.head == y.head &&
-           y.row0 == x.row0 + ROWS && x.key0 == y.key0 &&
+           y.row0 == x.row0 + ROWS && x.key0 == y.key0 && x.slices == y.slices &&
            (x.key1 == y.key1 || (x.key1 < y.key1 && (int32_t)x.key1 == first_position(a) + ROWS));
 }
 
 __device__ __forceinline__ uint32_t out_of(const struct item *it, int32_t row,
                                            const struct parameters &p)
 {
-    return (it->work.slice * p.rows + it->row + row) * p.heads + it->work.head;
+    return it->work.slice * p.rows + it->row + row;
 }
 
 /* Makes this block's part of the unit of the two drafts. A whole warp. */

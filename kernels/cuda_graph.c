@@ -2,11 +2,13 @@
  * first needed (a few milliseconds), launched with one call ever after. Batch and lengths are data
  * behind fixed addresses; only the number of rows is in the graph.
  *
- *   pull -> L x { norm -> UVQK -> [gate l] -> activate -> attention -> gate -> projection } -> head
+ *   pull -> L x { [gate l] -> norm -> UVQK (-> activate) -> attention -> gate -> projection } ->
+ * head
  *
- * Activate is the first node of a layer that touches pages (it appends), so gate l stands before
- * it, or before UVQK where both are one kernel. The waits form a branch of their own, which runs
- * ahead while the layers compute. */
+ * The waits form a branch of their own, which runs ahead while the layers compute. On Hopper a
+ * kernel of one wave may start while the one before it ends (programmatic dependent launch): it
+ * then waits, itself, for what that one writes. Every such kernel lets the next start only after
+ * its own wait, so what is older than the kernel before may be read at once. */
 #include "cuda_state.h"
 
 #include <cuda.h>
@@ -141,7 +143,8 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
     return hstu_launch_pull(&pull, c->stream);
 }
 
-/* The wait for gate l: before the first node of layer l that touches pages. */
+/* The wait for gate l: before the first node of layer l, so that the kernels that touch pages can
+ * start early behind it. */
 static int enqueue_gate(struct hstu_cuda *c, uint32_t layer, bool gated)
 {
     if (!gated)
@@ -155,11 +158,11 @@ static bool is_fused(const struct hstu_cuda *c, uint32_t rows)
     if (c->fusion != HSTU_UVQK_WHERE_IT_PAYS)
         return c->fusion == HSTU_UVQK_ALWAYS;
     return hstu_uvqk_sm90_pays(rows, 4 * c->model.geometry.heads * c->model.geometry.head_dim,
-                               (uint32_t)c->sm_count);
+                               c->model.embed, (uint32_t)c->sm_count);
 }
 
 /* m = SiLU(normed W + b), K and V to pages: one kernel on Hopper, else a product and a pass. */
-static int enqueue_uvqk(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated,
+static int enqueue_uvqk(struct hstu_cuda *c, uint32_t rows, uint32_t layer,
                         struct hstu_gemm_plan *plan)
 {
     const struct hstu_cuda_arena *a = &c->arena;
@@ -177,7 +180,7 @@ static int enqueue_uvqk(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool
         .n = 4 * c->model.geometry.heads * c->model.geometry.head_dim,
         .k = c->model.embed,
         .sm_count = (uint32_t)c->sm_count,
-        .early = !gated,
+        .early = true,
     };
     struct hstu_activate_args activate = {
         .row_sequence = a->row_sequence,
@@ -188,16 +191,10 @@ static int enqueue_uvqk(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool
         .rows = rows,
         .layer = layer,
     };
-    int status;
-    if (is_fused(c, rows)) {
-        status = enqueue_gate(c, layer, gated);
-        return status == SKV_OK ? hstu_launch_uvqk_sm90(&fused, c->stream) : status;
-    }
-    if ((status = hstu_gemm_run(plan, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream)) !=
-            SKV_OK ||
-        (status = enqueue_gate(c, layer, gated)) != SKV_OK)
-        return status;
-    return hstu_launch_activate(&activate, c->stream);
+    if (is_fused(c, rows))
+        return hstu_launch_uvqk_sm90(&fused, c->stream);
+    int status = hstu_gemm_run(plan, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream);
+    return status == SKV_OK ? hstu_launch_activate(&activate, c->stream) : status;
 }
 
 static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated,
@@ -228,10 +225,12 @@ static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, boo
                                   .early = c->fusion != HSTU_UVQK_NEVER && rows <= EARLY_ROWS};
     struct hstu_attention_args attention;
     hstu_cuda_attention_args(c, layer, rows, &attention);
+    attention.early = true;
 
     int status;
-    if ((status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
-        (status = enqueue_uvqk(c, rows, layer, gated, uvqk)) != SKV_OK ||
+    if ((status = enqueue_gate(c, layer, gated)) != SKV_OK ||
+        (status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
+        (status = enqueue_uvqk(c, rows, layer, uvqk)) != SKV_OK ||
         (status = c->path->launch(c->path_state, &attention, c->stream)) != SKV_OK ||
         (status = hstu_launch_gate(&gate, c->stream)) != SKV_OK)
         return status;

@@ -145,14 +145,12 @@ struct hstu_uvqk_args {
     const uint32_t *slot;
     struct skv_geometry geometry;
     uint32_t layer, rows, n, k, sm_count;
-    bool early;                 /* may start while the norm before it ends; not behind a gate */
+    bool early;                 /* may start while the norm before it ends */
     enum hstu_uvqk_shape shape; /* of the tiles; for tests */
 };
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream);
-/* Is it faster than cuBLASLt and a pass? On an H200, k 1024: with a tile a block (by 8 %), and from
- * 16 tiles a block on (by 4 to 9 %); between them cuBLASLt's better product wins by about as much.
- */
-bool hstu_uvqk_sm90_pays(uint32_t rows, uint32_t n, uint32_t sm_count);
+/* Is it faster than cuBLASLt and a pass? */
+bool hstu_uvqk_sm90_pays(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count);
 
 #ifdef __cplusplus
 }

@@ -202,7 +202,8 @@ static uint32_t walk(const struct shape *s, const struct place *at, uint32_t tar
                                                       .history = s->history,
                                                       .cached = s->cached,
                                                       .row_start = at->row_start,
-                                                      .page_start = at->page_start};
+                                                      .page_start = at->page_start,
+                                                      .slices = slices};
         }
     }
     return items;

@@ -163,10 +163,15 @@ __device__ __forceinline__ void add_slices(eight &e, const float4 *o, uint64_t p
     }
 }
 
-/* The sum of a row's slices in the order of slices, always: the same bits whoever computed them. */
-__device__ __forceinline__ eight sum_slices(const float4 *o, uint64_t plane, uint32_t slices)
+/* The sum of a row's slices in the order of slices, always: the same bits whoever computed them.
+ * `o`: the row; a single slice is bf16 already. */
+__device__ __forceinline__ eight sum_slices(const float4 *o, uint32_t at, uint64_t plane,
+                                            uint32_t slices)
 {
+    if (slices == 1)
+        return widen(__ldcs(reinterpret_cast<const uint4 *>(o) + at));
     eight e = {};
+    o += at * 2;
     for (; slices >= 8; slices -= 8, o += 8 * plane)
         add_slices<8>(e, o, plane);
     if (slices & 4) {
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, CHUNKS > 2 ? 1 : 1024 / THREADS)
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         uint32_t at = i * THREADS + threadIdx.x;
-        e[i] = at < chunks ? sum_slices(o + at * 2, plane, slices) : eight{};
+        e[i] = at < chunks ? sum_slices(o, at, plane, slices) : eight{};
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             e[i].v[k] *= a.inverse_n;
@@ -236,61 +241,49 @@ __global__ void __launch_bounds__(THREADS, CHUNKS > 2 ? 1 : 1024 / THREADS)
     }
 }
 
-int last_error()
-{
-    return cudaGetLastError() == cudaSuccess ? SKV_OK : SKV_EDEVICE;
-}
-
 } // namespace
 
-int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
-{
-    cudaStream_t s = (cudaStream_t)stream;
-    uint32_t blocks = (args->rows + NORM_WARPS - 1) / NORM_WARPS;
-    if (args->columns <= 256)
-        norm_kernel<1><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
-    else if (args->columns <= 512)
-        norm_kernel<2><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
-    else if (args->columns <= 1024)
-        norm_kernel<4><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
-    else
-        norm_kernel<8><<<blocks, NORM_WARPS * 32, 0, s>>>(*args);
-    return last_error();
-}
-
-int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)
-{
-    activate_kernel<<<args->rows, ACTIVATE_THREADS, 0, (cudaStream_t)stream>>>(*args);
-    return last_error();
-}
-
-template <int THREADS, int CHUNKS>
-static int launch_gate(const struct hstu_gate_args *args, cudaStream_t stream)
+/* `early`: its blocks may start while the kernel before it ends. */
+template <typename Args>
+static int launch(void (*kernel)(Args), uint32_t blocks, uint32_t threads, const Args &args,
+                  bool early, void *stream)
 {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(args->rows);
-    config.blockDim = dim3(THREADS);
-    config.stream = stream;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.stream = (cudaStream_t)stream;
     config.attrs = &attribute;
-    config.numAttrs = args->early ? 1 : 0;
-    cudaError_t e = cudaLaunchKernelEx(&config, gate_kernel<THREADS, CHUNKS>, *args);
-    return e == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+}
+
+int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
+{
+    const uint32_t c = args->columns;
+    auto kernel = c <= 256    ? norm_kernel<1>
+                  : c <= 512  ? norm_kernel<2>
+                  : c <= 1024 ? norm_kernel<4>
+                              : norm_kernel<8>;
+    return launch(kernel, (args->rows + NORM_WARPS - 1) / NORM_WARPS, NORM_WARPS * 32, *args, false,
+                  stream);
+}
+
+int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)
+{
+    return launch(activate_kernel, args->rows, ACTIVATE_THREADS, *args, false, stream);
 }
 
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream)
 {
-    cudaStream_t s = (cudaStream_t)stream;
-    uint32_t chunks = args->columns / 8;
-    if (chunks <= 32)
-        return launch_gate<32, 1>(args, s);
-    if (chunks <= 128)
-        return launch_gate<128, 1>(args, s);
-    if (chunks <= 256)
-        return launch_gate<256, 1>(args, s);
-    if (chunks <= 512)
-        return launch_gate<256, 2>(args, s);
-    return launch_gate<256, 8>(args, s);
+    const uint32_t chunks = args->columns / 8;
+    const uint32_t threads = chunks <= 32 ? 32 : chunks <= 128 ? 128 : 256;
+    auto kernel = chunks <= 32    ? gate_kernel<32, 1>
+                  : chunks <= 128 ? gate_kernel<128, 1>
+                  : chunks <= 256 ? gate_kernel<256, 1>
+                  : chunks <= 512 ? gate_kernel<256, 2>
+                                  : gate_kernel<256, 8>;
+    return launch(kernel, args->rows, threads, *args, args->early, stream);
 }

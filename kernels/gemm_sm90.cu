@@ -1,11 +1,12 @@
-/* UVQK on Hopper in one kernel: m = SiLU(bf16(a b + bias)), and K and V of rows with a slot to
- * their page, so that no pass over [rows, 4HD] follows the product.
+/* The two products of a layer on Hopper. UVQK in one kernel: m = SiLU(bf16(a b + bias)), and K and
+ * V of rows with a slot to their page, so that no pass over [rows, 4HD] follows the product. The
+ * projection, x += a b, where one wave does it, for the sake of an early start.
  *
- * One producer warp feeds a ring of stages by TMA; two consumer warpgroups multiply, 64 rows each,
- * by wgmma from shared memory (a K-major, b as it lies, MN-major). In the large shape the consumers
- * only round their sums into a tile in shared memory and go on; the producer's three
- * sister warps activate and store it meanwhile, since SiLU, bound by the special function unit,
- * takes a quarter of a product's time. Where a block has one tile the consumers do it themselves.
+ * One producer warp feeds a ring of stages by TMA; consumer warpgroups multiply, 64 rows each, by
+ * wgmma from shared memory (a K-major, b as it lies, MN-major). Sums are rounded to bf16 in
+ * registers, activated, and stored by way of a little shared memory. A block of many tiles does
+ * that while the tensor cores are at the next tile, a few columns after each step: SiLU, bound by
+ * the special function unit, takes a quarter of a product's time.
  * Two blocks may form a cluster along the rows and multicast halves of b to each other: that keeps
  * L2 traffic at 32 bytes a clock and multiprocessor in the large shape. Persistent; tiles in row
  * order, columns fastest, so that b and a few rows of a stay in L2.
@@ -16,6 +17,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cudaTypedefs.h>
+#include <math.h>
 
 #include "gemm_sm90_ptx.cuh"
 #include "mma.cuh"
@@ -31,23 +33,23 @@ constexpr int DEPTH = 64;           /* of a stage: one swizzled row of a */
 constexpr int CHUNK_BYTES = 8192;   /* 64 rows of k by 64 columns of b */
 constexpr int STAGING_BYTES = 2048; /* a warp's 16 rows by 64 columns, on their way out */
 
-/* Drain: the producer's sister warps activate and store. */
-template <int Columns, int Stages, int Cluster, bool Drain> struct shape {
+/* Shadow: a tile is finished while the next one is multiplied; for blocks of many tiles. */
+template <int Columns, int Stages, int Cluster, bool Shadow> struct shape {
     static constexpr int GROUPS = 2, COLUMNS = Columns, STAGES = Stages, CLUSTER = Cluster;
-    static constexpr bool DRAIN = Drain;
+    static constexpr bool SHADOW = Shadow;
     static constexpr int ROWS = GROUPS * 64;
     static constexpr int CHUNKS = COLUMNS / 64;
+    static constexpr int PIECES = COLUMNS / 16; /* what is finished at a time */
     static constexpr int A_BYTES = ROWS * DEPTH * 2;
     static constexpr int B_BYTES = CHUNKS * CHUNK_BYTES;
     static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int OUT = STAGES * STAGE_BYTES; /* the whole tile, or a warp's chunks */
-    static constexpr int OUT_BYTES = DRAIN ? ROWS * COLUMNS * 2 : GROUPS * 4 * STAGING_BYTES;
-    static constexpr int BARRIERS = OUT + OUT_BYTES;
-    static constexpr int SHARED = BARRIERS + (STAGES + 1) * 16 + 1024; /* and room to align */
+    static constexpr int OUT = STAGES * STAGE_BYTES; /* every warp's staging */
+    static constexpr int BARRIERS = OUT + GROUPS * 4 * STAGING_BYTES;
+    static constexpr int SHARED = BARRIERS + STAGES * 16 + 1024; /* and room to align */
     static constexpr int THREADS = 128 * (1 + GROUPS);
     static_assert(SHARED <= 227 * 1024, "one block a multiprocessor");
 };
-using large = shape<256, 3, 2, true>;
+using large = shape<256, 4, 2, true>;
 using small = shape<128, 6, 1, false>;
 
 struct parameters {
@@ -71,7 +73,7 @@ template <typename S> struct schedule {
         tiles = (p.rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER) * column_blocks;
         next = blockIdx.x / S::CLUSTER;
         step = gridDim.x / S::CLUSTER;
-        rank = S::CLUSTER > 1 ? cluster_rank() : 0;
+        rank = S::CLUSTER > 1 ? sm90::cluster_rank() : 0;
     }
     __device__ bool take(uint32_t *row0, uint32_t *column0)
     {
@@ -103,8 +105,8 @@ __device__ __forceinline__ void load_b(const parameters &p, uint32_t shared, uin
         sm90::load_box(b, &p.b, step * DEPTH, column0 / 64, full_of<S>(shared, stage));
     } else {
         constexpr uint32_t CHUNKS = S::CHUNKS / S::CLUSTER;
-        load_box_both(b + rank * CHUNKS * CHUNK_BYTES, &p.b, step * DEPTH,
-                      column0 / 64 + rank * CHUNKS, full_of<S>(shared, stage));
+        sm90::load_box_both(b + rank * CHUNKS * CHUNK_BYTES, &p.b, step * DEPTH,
+                            column0 / 64 + rank * CHUNKS, full_of<S>(shared, stage));
     }
 }
 
@@ -122,8 +124,10 @@ template <typename S> __device__ void produce(const parameters &p, uint32_t shar
             sm90::barrier_arrive_expect(full_of<S>(shared, step), S::STAGE_BYTES);
             load_b<S>(p, shared, step, step, column0, tiles.rank);
         }
-        if (first)
+        if (first) {
             sm90::dependency_wait();
+            sm90::dependency_trigger(); /* all that the next one relies on has ended */
+        }
         first = false;
         for (uint32_t step = 0; step < steps; step++) {
             if (step >= ahead) {
@@ -188,119 +192,50 @@ __device__ __forceinline__ uint32_t activate(uint32_t pair)
     return mma::pack(mma::silu(x.x), mma::silu(x.y));
 }
 
-/* 16 columns of a warp's 16 rows: sums and bias rounded to bf16, activated here or later, to shared
- * memory. CHUNKS: 16-byte chunks a row there has; `chunk` the first of the two. */
-template <int CHUNKS, bool ACTIVATE>
-__device__ __forceinline__ void round_pair(const float *d, const uint32_t *bias, uint32_t tile,
-                                           uint32_t row, uint32_t chunk)
+/* A warpgroup's tile between its products and memory: sums and bias, rounded to bf16.
+ * A thread's part, as wgmma lays sums out: rows lane / 4 and that + 8 of its warp's 16, columns
+ * 8i + 2 (lane % 4) and the next. */
+template <typename S> struct finished {
+    uint32_t word[S::COLUMNS / 4]; /* [i][row] */
+    uint32_t row0, column0;        /* of the tile */
+    uint32_t slot[4];              /* of the rows that this lane stores */
+};
+
+/* The row that a lane stores in the i-th of four steps: 8 lanes a row. */
+__device__ __forceinline__ uint32_t stored_row(uint32_t row0, uint32_t warp, int i)
 {
+    return row0 + warp * 16 + i * 4 + threadIdx.x % 32 / 8;
+}
+
+/* Columns 16 * piece and on: activated, to the warp's staging; every fourth time the 64 columns
+ * there go to memory. */
+template <typename S>
+__device__ __forceinline__ void finish(const parameters &p, const finished<S> &tile, int piece,
+                                       uint32_t staging, uint32_t warp)
+{
+    const uint32_t lane = threadIdx.x % 32;
     uint32_t word[4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float2 b = mma::unpack(bias[half]);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t sum = mma::pack(d[half * 4 + 2 * i] + b.x, d[half * 4 + 2 * i + 1] + b.y);
-            word[half * 2 + i] = ACTIVATE ? activate(sum) : sum;
-        }
-    }
+    for (int i = 0; i < 4; i++)
+        word[i] = activate(tile.word[piece * 4 + i]);
+    if (piece % 4 == 0)
+        __syncwarp(); /* the last 64 columns are read */
     /* Lanes 0-15 address the rows of the first 8 columns, 16-31 those of the next 8. */
-    const uint32_t lane = threadIdx.x % 32;
-    store_matrices(tile + mma::tile_offset<CHUNKS>(row + lane % 16, chunk + lane / 16), word[0],
+    store_matrices(staging + mma::tile_offset<8>(lane % 16, piece % 4 * 2 + lane / 16), word[0],
                    word[1], word[2], word[3]);
-}
-
-/* The end of a tile without a drain: chunk by chunk of 64 columns through the warp's staging. */
-template <typename S>
-__device__ __forceinline__ void finish(const parameters &p, const float *d, const uint32_t *bias,
-                                       uint32_t shared, uint32_t row0, uint32_t column0,
-                                       uint32_t warp)
-{
-    const uint32_t lane = threadIdx.x % 32, staging = shared + S::OUT + warp * STAGING_BYTES;
-    uint32_t row[4], slot[4];
+    if (piece % 4 != 3)
+        return;
+    __syncwarp();
+    const uint32_t column = tile.column0 + piece / 4 * 64 + lane % 8 * 8;
+    const page_columns page = page_columns_at(p, column);
 #pragma unroll
-    for (int i = 0; i < 4; i++) { /* 8 lanes store a row */
-        row[i] = row0 + warp * 16 + i * 4 + lane / 8;
-        slot[i] = row[i] < p.rows ? __ldg(p.slot + row[i]) : UINT32_MAX;
-    }
-#pragma unroll
-    for (int chunk = 0; chunk < S::CHUNKS; chunk++) {
-        const uint32_t column = column0 + chunk * 64 + lane % 8 * 8;
-        const page_columns page = page_columns_at(p, column);
-        __syncwarp();
-#pragma unroll
-        for (int pair = 0; pair < 4; pair++)
-            round_pair<8, true>(d + chunk * 32 + pair * 8, bias + chunk * 8 + pair * 2, staging, 0,
-                                pair * 2);
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint4 bits = load_shared(staging + mma::tile_offset<8>(i * 4 + lane / 8, lane % 8));
-            if (row[i] >= p.rows)
-                continue;
-            *reinterpret_cast<uint4 *>(p.out + (uint64_t)row[i] * p.n + column) = bits;
-            store_page(page, slot[i], bits);
-        }
-    }
-}
-
-template <typename S> __device__ __forceinline__ uint32_t filled_of(uint32_t shared)
-{
-    return shared + S::BARRIERS + S::STAGES * 16;
-}
-
-template <typename S> __device__ __forceinline__ uint32_t drained_of(uint32_t shared)
-{
-    return filled_of<S>(shared) + 8;
-}
-
-/* The drain: three warps take turns at the tile's rows, 16 bytes a lane and step. */
-constexpr uint32_t DRAIN_WARPS = 3;
-
-template <typename S> __device__ void drain(const parameters &p, uint32_t shared)
-{
-    constexpr uint32_t CHUNKS = S::COLUMNS / 8;    /* of 16 bytes, in a row */
-    constexpr uint32_t ROWS_AT_ONCE = 32 / CHUNKS; /* 1 or 2 */
-    constexpr uint32_t STEP = DRAIN_WARPS * ROWS_AT_ONCE, BATCH = 4;
-    schedule<S> tiles(p);
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 1, chunk = lane % CHUNKS;
-    uint32_t phase = 0, row0, column0;
-    sm90::dependency_wait();
-    while (tiles.take(&row0, &column0)) {
-        const uint32_t column = column0 + chunk * 8;
-        const page_columns page = page_columns_at(p, column);
-        sm90::barrier_wait(filled_of<S>(shared), phase);
-        phase ^= 1;
-        const uint32_t end = min(p.rows - min(row0, p.rows), (uint32_t)S::ROWS);
-        for (uint32_t local = warp * ROWS_AT_ONCE + lane / CHUNKS; local < end;
-             local += BATCH * STEP) {
-            uint4 bits[BATCH];
-            uint32_t slot[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) { /* within the tile, if not within the rows */
-                const uint32_t at = min(local + i * STEP, (uint32_t)S::ROWS - 1);
-                bits[i] = load_shared(shared + S::OUT + mma::tile_offset<CHUNKS>(at, chunk));
-                slot[i] = __ldg(p.slot + min(row0 + at, p.rows - 1));
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                bits[i].x = activate(bits[i].x);
-                bits[i].y = activate(bits[i].y);
-                bits[i].z = activate(bits[i].z);
-                bits[i].w = activate(bits[i].w);
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                const uint32_t at = local + i * STEP;
-                if (at >= end)
-                    continue;
-                *reinterpret_cast<uint4 *>(p.out + (uint64_t)(row0 + at) * p.n + column) = bits[i];
-                store_page(page, slot[i], bits[i]);
-            }
-        }
-        __syncwarp();
-        if (lane == 0)
-            sm90::barrier_arrive(drained_of<S>(shared));
+    for (int i = 0; i < 4; i++) {
+        const uint32_t row = stored_row(tile.row0, warp, i);
+        uint4 bits = load_shared(staging + mma::tile_offset<8>(i * 4 + lane / 8, lane % 8));
+        if (row >= p.rows)
+            continue;
+        *reinterpret_cast<uint4 *>(p.out + (uint64_t)row * p.n + column) = bits;
+        store_page(page, tile.slot[i], bits);
     }
 }
 
@@ -308,61 +243,76 @@ template <typename S> __device__ void drain(const parameters &p, uint32_t shared
 template <typename S> __device__ void consume(const parameters &p, uint32_t shared, uint32_t group)
 {
     schedule<S> tiles(p);
-    const uint32_t steps = p.k / DEPTH, thread = threadIdx.x % 128;
-    const uint32_t warp = group * 4 + thread / 32, lane = thread % 32;
-    uint32_t stage = 0, phase = 0, drained = 1, row0, column0;
+    const uint32_t steps = p.k / DEPTH, thread = threadIdx.x % 128, lane = thread % 32;
+    const uint32_t warp = group * 4 + thread / 32, staging = shared + S::OUT + warp * STAGING_BYTES;
+    uint32_t stage = 0, phase = 0, row0, column0;
     float d[S::COLUMNS / 2];
+    finished<S> last = {}; /* of no row yet */
+    last.row0 = p.rows;
     auto release = [&](uint32_t which) {
-        if (thread == 0)
+        if (S::CLUSTER == 1 && thread == 0)
             sm90::barrier_arrive(empty_of<S>(shared, which));
-        if (S::CLUSTER > 1 && thread == 32)
-            arrive_at(empty_of<S>(shared, which), tiles.rank ^ 1);
+        if (S::CLUSTER > 1 && thread % 32 == 0 && thread / 32 < S::CLUSTER)
+            sm90::barrier_arrive_cluster(sm90::address_in(empty_of<S>(shared, which), thread / 32));
     };
     sm90::dependency_wait();
     while (tiles.take(&row0, &column0)) {
-        uint32_t before = 0, bias[S::COLUMNS / 8];
-        for (uint32_t step = 0; step < steps; step++) {
-            sm90::barrier_wait(full_of<S>(shared, stage), phase);
-            const uint32_t a = shared + stage * S::STAGE_BYTES + group * 64 * DEPTH * 2;
-            const uint32_t b = shared + stage * S::STAGE_BYTES + S::A_BYTES;
-            sm90::wgmma_fence();
+        uint32_t before = 0, step = 0;
+        uint32_t bias[S::COLUMNS / 8];
 #pragma unroll
-            for (int i = 0; i < DEPTH / 16; i++)
-                multiply<S::COLUMNS>(d, sm90::descriptor_k_major(a + i * 32),
-                                     sm90::descriptor_mn_major<CHUNK_BYTES>(b + i * 16 * 128),
-                                     step + i > 0);
-            sm90::wgmma_commit();
-            if (step > 0) { /* the stage before is read */
-                wgmma_wait_but<1>();
-                release(before);
+        for (int piece = 0; piece < (S::SHADOW ? S::PIECES : 1); piece++) {
+            const uint32_t until = S::SHADOW ? steps * (piece + 1) / S::PIECES : steps;
+#pragma unroll 1
+            for (; step < until; step++) {
+                sm90::barrier_wait(full_of<S>(shared, stage), phase);
+                const uint32_t a = shared + stage * S::STAGE_BYTES + group * 64 * DEPTH * 2;
+                const uint32_t b = shared + stage * S::STAGE_BYTES + S::A_BYTES;
+                sm90::wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < DEPTH / 16; i++)
+                    multiply<S::COLUMNS>(d, sm90::descriptor_k_major(a + i * 32),
+                                         sm90::descriptor_mn_major<CHUNK_BYTES>(b + i * 16 * 128),
+                                         step + i > 0);
+                sm90::wgmma_commit();
+                if (step > 0) { /* the stage before is read */
+                    wgmma_wait_but<1>();
+                    release(before);
+                }
+                before = stage;
+                if (++stage == S::STAGES) {
+                    stage = 0;
+                    phase ^= 1;
+                }
             }
-            before = stage;
-            if (++stage == S::STAGES) {
-                stage = 0;
-                phase ^= 1;
-            }
+            if (S::SHADOW)
+                finish<S>(p, last, piece, staging, warp);
         }
 #pragma unroll
         for (int i = 0; i < S::COLUMNS / 8; i++) /* while the last products run */
             bias[i] =
                 __ldg(reinterpret_cast<const uint32_t *>(p.bias + column0 + i * 8 + lane % 4 * 2));
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            last.slot[i] = __ldg(p.slot + min(stored_row(row0, warp, i), p.rows - 1));
         wgmma_wait_but<0>();
         sm90::pin<S::COLUMNS / 2>(d);
         release(before);
-        if (!S::DRAIN) {
-            finish<S>(p, d, bias, shared, row0, column0, warp);
-            continue;
-        }
-        sm90::barrier_wait(drained_of<S>(shared), drained);
-        drained ^= 1;
+        last.row0 = row0;
+        last.column0 = column0;
 #pragma unroll
-        for (int pair = 0; pair < S::COLUMNS / 16; pair++)
-            round_pair<S::COLUMNS / 8, false>(d + pair * 8, bias + pair * 2, shared + S::OUT,
-                                              warp * 16, pair * 2);
-        __syncwarp();
-        if (lane == 0)
-            sm90::barrier_arrive(filled_of<S>(shared));
+        for (int i = 0; i < S::COLUMNS / 4; i++) {
+            const float2 add = mma::unpack(bias[i / 2]);
+            last.word[i] = mma::pack(d[i * 2] + add.x, d[i * 2 + 1] + add.y);
+        }
+        if (!S::SHADOW)
+#pragma unroll
+            for (int piece = 0; piece < S::PIECES; piece++)
+                finish<S>(p, last, piece, staging, warp);
     }
+    if (S::SHADOW)
+#pragma unroll
+        for (int piece = 0; piece < S::PIECES; piece++)
+            finish<S>(p, last, piece, staging, warp);
 }
 
 template <typename S>
@@ -377,27 +327,23 @@ __global__ void __launch_bounds__(S::THREADS, 1) uvqk_kernel(const __grid_consta
             sm90::barrier_init(full_of<S>(shared, i), 1);
             sm90::barrier_init(empty_of<S>(shared, i), S::GROUPS * S::CLUSTER);
         }
-        sm90::barrier_init(filled_of<S>(shared), S::GROUPS * 4); /* warps */
-        sm90::barrier_init(drained_of<S>(shared), DRAIN_WARPS);
         sm90::barrier_init_fence();
     }
     __syncthreads();
     if (S::CLUSTER > 1)
-        cluster_sync(); /* the other block's barriers are there */
+        sm90::cluster_sync(); /* the other block's barriers are there */
     const uint32_t group = threadIdx.x / 128;
     if (group == 0) {
-        sm90::registers_shrink<S::DRAIN ? 104 : 24>();
+        sm90::registers_shrink<40>();
         if (threadIdx.x == 0)
             produce<S>(p, shared);
-        else if (S::DRAIN && threadIdx.x >= 32)
-            drain<S>(p, shared);
     } else {
-        sm90::registers_grow<S::DRAIN ? 200 : 240>();
+        sm90::registers_grow<232>();
         consume<S>(p, shared, group - 1);
     }
     if (S::CLUSTER > 1) {
         __syncwarp();
-        cluster_sync(); /* nobody arrives at the barriers of a block that has gone */
+        sm90::cluster_sync(); /* nobody arrives at the barriers of a block that has gone */
     }
 }
 
@@ -436,6 +382,12 @@ int encode(CUtensorMap *map, const void *base, uint64_t rows, uint64_t columns, 
     return SKV_EDEVICE;
 }
 
+template <typename S> uint32_t tiles_of(uint32_t rows, uint32_t n)
+{
+    return (rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER) * (n / S::COLUMNS) *
+           S::CLUSTER;
+}
+
 template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t stream)
 {
     parameters p = {};
@@ -453,8 +405,7 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.rows = args->rows;
     p.n = args->n;
     p.k = args->k;
-    uint32_t tiles = (args->rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER) *
-                     (args->n / S::COLUMNS) * S::CLUSTER;
+    uint32_t tiles = tiles_of<S>(args->rows, args->n);
     uint32_t most = args->sm_count / S::CLUSTER * S::CLUSTER;
     cudaLaunchAttribute attribute[2] = {};
     attribute[0].id = cudaLaunchAttributeClusterDimension;
@@ -479,29 +430,39 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     return SKV_EDEVICE;
 }
 
-/* Microseconds by rounds of the machine: a large tile took 15.6 on an H200 at k 1024, a small one
- * 8.05, its consumers doing all. (Small tiles with a drain, in clusters, were slower than either.)
- */
-template <typename S> double cost(const struct hstu_uvqk_args *args, double round_us)
+/* Microseconds on an H100 (bench_gemm), by rounds of the machine: what starting and ending cost,
+ * and a round at k 1024. */
+template <typename S>
+double cost(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count, double once, double round)
 {
-    uint32_t tiles = (args->rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER) *
-                     (args->n / S::COLUMNS) * S::CLUSTER;
-    return (tiles + args->sm_count - 1) / args->sm_count * round_us;
+    return once + (tiles_of<S>(rows, n) + sm_count - 1) / sm_count * round * k / 1024;
+}
+
+double large_cost(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
+{
+    return cost<large>(rows, n, k, sm_count, 6.5, 11.9);
+}
+
+double small_cost(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
+{
+    return cost<small>(rows, n, k, sm_count, 3.0, 8.0);
 }
 
 } // namespace
 
-bool hstu_uvqk_sm90_pays(uint32_t rows, uint32_t n, uint32_t sm_count)
+bool hstu_uvqk_sm90_pays(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
 {
-    uint32_t tiles = (rows + small::ROWS - 1) / small::ROWS * (n / small::COLUMNS);
-    return tiles <= sm_count || tiles >= 16 * sm_count;
+    /* cuBLASLt's product, the pass, and one more launch. */
+    double apart = 6 + rows * (n / 4096.0) * (0.0105 * k / 1024 + 0.0045);
+    return fmin(large_cost(rows, n, k, sm_count), small_cost(rows, n, k, sm_count)) < apart;
 }
 
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream)
 {
-    bool is_large =
-        args->shape == HSTU_UVQK_LARGE ||
-        (args->shape == HSTU_UVQK_ANY && cost<large>(args, 15.6) < cost<small>(args, 8.05));
+    bool is_large = args->shape == HSTU_UVQK_LARGE;
+    if (args->shape == HSTU_UVQK_ANY)
+        is_large = large_cost(args->rows, args->n, args->k, args->sm_count) <
+                   small_cost(args->rows, args->n, args->k, args->sm_count);
     return is_large ? launch<large>(args, (cudaStream_t)stream)
                     : launch<small>(args, (cudaStream_t)stream);
 }

@@ -1,5 +1,5 @@
-/* What gemm_sm90.cu needs beyond attention's header: clusters, multicast loads, wgmma with both
- * operands in shared memory and b as it lies, matrix stores. */
+/* What gemm_sm90.cu needs beyond attention's header: wgmma with both operands in shared memory and
+ * b as it lies, matrix stores. */
 #ifndef HSTU_GEMM_SM90_PTX_CUH
 #define HSTU_GEMM_SM90_PTX_CUH
 
@@ -7,39 +7,6 @@
 
 namespace
 {
-
-__device__ __forceinline__ uint32_t cluster_rank()
-{
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_sync()
-{
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-/* Arrives at the same barrier of block `rank` of the cluster. */
-__device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank)
-{
-    asm volatile(
-        "{\n\t.reg .b32 there;\n\t"
-        "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
-/* A box to the same place of both blocks of the cluster, signalling each one's barrier. */
-__device__ __forceinline__ void load_box_both(uint32_t to, const CUtensorMap *map, uint32_t row,
-                                              uint32_t chunk, uint32_t barrier)
-{
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-                 "l"(map), "r"(0), "r"(row), "r"(chunk), "r"(barrier), "h"((uint16_t)3)
-                 : "memory");
-}
 
 template <int Pending> __device__ __forceinline__ void wgmma_wait_but()
 {
