@@ -82,18 +82,18 @@ static struct hstu_device_batch device_batch(const struct hstu_cuda *c)
 {
     const struct hstu_cuda_arena *a = &c->arena;
     return (struct hstu_device_batch){
-        .row_start = a->counts->row_start,
-        .history = a->counts->history,
-        .cached = a->counts->cached,
+        .row_start = a->counts->layout.row_start,
+        .history = a->counts->layout.history,
+        .cached = a->counts->layout.cached,
         .targets = a->counts->targets,
-        .page_start = a->counts->page_start,
+        .page_start = a->counts->layout.page_start,
         .pages = a->page,
         .row_sequence = a->row_sequence,
         .slot = a->slot,
         .slices = a->slices,
         .work = a->work,
         .work_room = c->work_capacity,
-        .work_count = &a->counts->work,
+        .work_count = &a->counts->layout.work,
         .target_start = a->counts->target_start,
         .next = a->counts->next,
     };
@@ -124,7 +124,8 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
     const struct hstu_cuda_pinned *p = &c->pinned;
     struct hstu_pull_args pull = {
         .counts = p->counts,
-        .row = p->row,
+        .token = p->token,
+        .slices = p->slices,
         .page = p->page,
         .work = p->work,
         .to_counts = a->counts,
@@ -139,6 +140,8 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
         .rows = rows,
         .embed = c->model.embed,
         .embedding_rows = c->model.embedding_rows,
+        .position_buckets = c->model.position_buckets,
+        .page_tokens = c->model.geometry.page_tokens,
     };
     return hstu_launch_pull(&pull, c->stream);
 }

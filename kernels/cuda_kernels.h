@@ -5,8 +5,7 @@
 #ifndef HSTU_CUDA_KERNELS_H
 #define HSTU_CUDA_KERNELS_H
 
-#include <assert.h>
-
+#include "cuda_layout.h"
 #include "cuda_pass.h"
 
 #ifdef __cplusplus
@@ -15,30 +14,12 @@ extern "C" {
 
 /* ---- pull (pull.cu): the batch from the pinned block to the device ---- */
 
-/* One query row in the pinned block: two words, so that the CPU writes them as fast as memory. */
-struct hstu_row {
-    uint64_t token;
-    uint64_t place; /* from bit 0: page * S + slot for K and V, 32 bits, all ones: nowhere; row of
-                       the position table, 16; sequence, 8, all ones for padding; slices, 8 */
-};
-enum {
-    HSTU_ROW_POSITION = 32,
-    HSTU_ROW_SEQUENCE = 48,
-    HSTU_ROW_SLICES = 56,
-    HSTU_ROW_PADDING = 255
-};
-static_assert(SKV_MAX_TOKENS <= UINT16_MAX && SKV_MAX_BATCH < HSTU_ROW_PADDING, "a place has room");
-static_assert(sizeof(struct hstu_row) == 16, "pull reads a row with one load");
-
 /* The pinned block's head; `counts` is copied as it is, the arrays behind it by their counts. */
 struct hstu_counts {
-    uint32_t row_start[SKV_MAX_BATCH + 1];
-    uint32_t page_start[SKV_MAX_BATCH + 1];
+    struct hstu_layout layout; /* all that a block of rows reads of the counts */
     uint32_t target_start[SKV_MAX_BATCH + 1];
-    uint32_t history[SKV_MAX_BATCH];
-    uint32_t cached[SKV_MAX_BATCH];
     uint32_t targets[SKV_MAX_BATCH];
-    uint32_t pages, work, candidates;
+    uint32_t candidates;
     uint32_t next[SKV_MAX_LAYERS]; /* zeros */
     uint32_t reserved[2];          /* the size is a multiple of 16 */
 };
@@ -47,8 +28,9 @@ static_assert(sizeof(struct hstu_counts) % 16 == 0, "pull copies 16 bytes at a t
 struct hstu_pull_args {
     /* in pinned memory */
     const struct hstu_counts *counts;
-    const struct hstu_row *row;
-    const uint32_t *page;
+    const uint64_t *token; /* [rows] */
+    const uint8_t *slices; /* [rows] */
+    const uint32_t *page;  /* room for whole lines of 128 bytes, there and on the device */
     const struct hstu_work *work;
     /* on the device */
     struct hstu_counts *to_counts;
@@ -58,7 +40,7 @@ struct hstu_pull_args {
     /* x = bf16(emb * sqrt(E) + pos) */
     const void *embedding, *position;
     void *x;
-    uint32_t rows, embed, embedding_rows;
+    uint32_t rows, embed, embedding_rows, position_buckets, page_tokens;
 };
 int hstu_launch_pull(const struct hstu_pull_args *args, void *stream);
 

@@ -3,7 +3,6 @@
  * cudaMalloc, no managed memory. */
 #include "cuda_state.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include "log.h"
@@ -147,7 +146,8 @@ static void carve_pinned(struct hstu_cuda *c, struct carver *at)
 {
     struct hstu_cuda_pinned *p = &c->pinned;
     p->counts = carve(at, sizeof *p->counts);
-    p->row = carve(at, c->arena_rows * sizeof *p->row);
+    p->token = carve(at, c->arena_rows * sizeof *p->token);
+    p->slices = carve(at, c->arena_rows);
     p->page = carve(at, (uint64_t)c->page_capacity * 4);
     p->work = carve(at, c->work_capacity * sizeof *p->work);
     p->logits = carve(at, (uint64_t)c->arena_rows * c->model.head_out * 4);
@@ -188,13 +188,11 @@ int hstu_cuda_memory_open(struct hstu_cuda *c)
     memset(c->pinned.memory, 0, at.used);
     at = (struct carver){.base = c->pinned.memory};
     carve_pinned(c, &at);
-    c->row_slices = calloc(c->arena_rows, sizeof *c->row_slices);
-    return c->row_slices ? SKV_OK : SKV_ENOMEM;
+    return SKV_OK;
 }
 
 void hstu_cuda_memory_close(struct hstu_cuda *c)
 {
-    free(c->row_slices);
     cudaFreeHost(c->pinned.memory);
     cudaFree(c->arena.memory);
     cudaFree(c->on_device.memory);

@@ -41,6 +41,12 @@ struct hstu_work {
     uint32_t slices;                /* of this tile; the size is a multiple of 16 */
 };
 
+/* Page ids of a sequence in a batch's list: of what it reads, or reads and appends to. */
+static inline uint32_t hstu_pages_listed(const struct hstu_sequence *s, uint32_t page_tokens)
+{
+    return ((s->append ? s->history : s->cached) + page_tokens - 1) / page_tokens;
+}
+
 /* Fixed device addresses. Lengths are data: a graph is captured for `rows` only. */
 struct hstu_device_batch {
     const uint32_t *row_start;    /* [batch + 1] first query row of a sequence */
@@ -48,7 +54,7 @@ struct hstu_device_batch {
     const uint32_t *cached;       /* [batch] c */
     const uint32_t *targets;      /* [batch] T */
     const uint32_t *page_start;   /* [batch + 1] into pages */
-    const uint32_t *pages;        /* page ids, ceil(c / S) a sequence */
+    const uint32_t *pages;        /* page ids, hstu_pages_listed() a sequence */
     const uint32_t *row_sequence; /* [rows] sequence of a row, UINT32_MAX for padding */
     const uint32_t
         *slot; /* [rows] page * S + slot where K and V of the row go, UINT32_MAX: nowhere */

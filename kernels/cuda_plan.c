@@ -237,7 +237,7 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
         at[b] = (struct place){.sequence = b, .row_start = row, .page_start = page};
         items += walk(&shapes[b], &at[b], targets[b], max_slices, places, NULL, row_slices + row);
         row += shapes[b].rows;
-        page += divide_up(s->cached, geometry->page_tokens);
+        page += hstu_pages_listed(s, geometry->page_tokens);
     }
     memset(row_slices + row, 0, rows - row);
     if (items > capacity)

@@ -57,7 +57,8 @@ struct hstu_cuda_pinned {
     char *memory;
     uint64_t bytes;
     struct hstu_counts *counts;
-    struct hstu_row *row;
+    uint64_t *token; /* [rows] both */
+    uint8_t *slices;
     uint32_t *page;
     struct hstu_work *work;
     float *logits; /* [rows][head_out] */
@@ -89,7 +90,6 @@ struct hstu_cuda {
     struct hstu_cuda_weights on_device;
     struct hstu_cuda_arena arena;
     struct hstu_cuda_pinned pinned;
-    uint8_t *row_slices; /* [arena_rows] the planner's */
 
     const struct hstu_attention_path *path;
     void *path_state;

@@ -13,6 +13,7 @@
 #define HSTU_LAYERS_H
 
 #include "hstu.h"
+#include "table_rows.h"
 
 static inline float bf16_to_float(uint16_t bits)
 {
@@ -44,14 +45,6 @@ static inline bool hstu_allowed(uint32_t query, uint32_t key, uint32_t history, 
     if (key < history)
         return true;
     return key <= query && (key - history) / group == (query - history) / group;
-}
-
-/* idx(i) = min(i + c, high), high = min(h, K-1): all candidates share position h. */
-static inline uint32_t hstu_position(uint32_t row, uint32_t cached, uint32_t history,
-                                     uint32_t buckets)
-{
-    uint32_t high = history < buckets - 1 ? history : buckets - 1;
-    return row + cached < high ? row + cached : high;
 }
 
 /* Where K (kv 0) or V (kv 1) of token t of a page lies: element offset from the page's start, D

@@ -12,7 +12,7 @@
 
 #include "hash.h"
 #include "log.h"
-#include "token_mix.h"
+#include "table_rows.h"
 
 /* ---- named models ---- */
 

@@ -100,25 +100,25 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     uint32_t row = 0;
     for (uint32_t b = 0; b < bed->count; b++) {
         const struct hstu_sequence *s = &bed->sequences[b];
-        counts.row_start[b] = row;
-        counts.page_start[b] = page_count;
-        counts.history[b] = s->history;
-        counts.cached[b] = s->cached;
+        counts.layout.row_start[b] = row;
+        counts.layout.page_start[b] = page_count;
+        counts.layout.history[b] = s->history;
+        counts.layout.cached[b] = s->cached;
         counts.targets[b] = s->targets;
-        for (uint32_t i = 0; i < (s->cached + g->page_tokens - 1) / g->page_tokens; i++)
+        for (uint32_t i = 0; i < hstu_pages_listed(s, g->page_tokens); i++)
             pages[page_count++] = s->pages[i];
         for (uint32_t i = 0; i < rows_of(s); i++)
             sequence[row++] = b;
-        counts.row_start[b + 1] = row;
-        counts.page_start[b + 1] = page_count;
+        counts.layout.row_start[b + 1] = row;
+        counts.layout.page_start[b + 1] = page_count;
     }
     int sms = 0;
     CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     uint32_t capacity = hstu_plan_capacity(path, g, rows, bed->count);
     struct hstu_work *work = calloc(capacity, sizeof *work);
-    counts.work = hstu_plan(path, g, bed->group, bed->sequences, bed->count, rows, (uint32_t)sms,
-                            planes, work, capacity, slices);
-    cr_assert_gt(counts.work, 0);
+    counts.layout.work = hstu_plan(path, g, bed->group, bed->sequences, bed->count, rows,
+                                   (uint32_t)sms, planes, work, capacity, slices);
+    cr_assert_gt(counts.layout.work, 0);
     struct hstu_counts *on_counts = on_device(&counts, sizeof counts);
     uint64_t plane = (uint64_t)rows * HD;
     float *partial = malloc(planes * plane * 4);
@@ -131,18 +131,18 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
         .m = bed->on_m,
         .pool = bed->on_pool,
         .pool_pages = bed->pool_pages,
-        .batch = {.row_start = on_counts->row_start,
-                  .history = on_counts->history,
-                  .cached = on_counts->cached,
+        .batch = {.row_start = on_counts->layout.row_start,
+                  .history = on_counts->layout.history,
+                  .cached = on_counts->layout.cached,
                   .targets = on_counts->targets,
-                  .page_start = on_counts->page_start,
+                  .page_start = on_counts->layout.page_start,
                   .pages = on_device(pages, page_count * 4),
                   .row_sequence = on_device(sequence, rows * 4),
                   .slot = on_device(slot, rows * 4),
                   .slices = on_device(slices, rows),
-                  .work = on_device(work, counts.work * sizeof *work),
-                  .work_room = counts.work,
-                  .work_count = &on_counts->work,
+                  .work = on_device(work, counts.layout.work * sizeof *work),
+                  .work_room = counts.layout.work,
+                  .work_count = &on_counts->layout.work,
                   .target_start = on_counts->target_start,
                   .next = on_counts->next},
         .partial = on_device(NULL, planes * plane * 4),

@@ -169,63 +169,89 @@ Test(plan, too_small_a_room_is_refused)
                  0);
 }
 
-/* Every field of every row, one by one, by its definition. */
+/* Every row, by its definition, from what pull reads and by the function that pull calls. */
 static void check_rows(const struct hstu_cuda *c, const struct hstu_sequence *sequences,
                        uint32_t count, uint32_t graph_rows)
 {
     const uint32_t page_tokens = c->model.geometry.page_tokens;
-    const struct hstu_row *row = c->pinned.row;
+    const uint32_t buckets = c->model.position_buckets;
+    const struct hstu_cuda_pinned *p = &c->pinned;
+    const struct hstu_layout *l = &p->counts->layout;
+    uint32_t row = 0;
+    cr_assert_eq(l->batch, count);
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
-        cr_assert_eq(c->pinned.counts->row_start[b], row - c->pinned.row);
+        cr_assert_eq(l->row_start[b], row);
+        for (uint32_t t = 0; t < s->cached; t += page_tokens)
+            cr_assert_eq(p->page[l->page_start[b] + t / page_tokens], s->pages[t / page_tokens]);
         for (uint32_t i = 0; i < rows_of(s); i++, row++) {
-            uint32_t token = s->cached + i, slot = UINT32_MAX;
-            if (s->append && token < s->history)
-                slot = s->pages[token / page_tokens] * page_tokens + token % page_tokens;
-            cr_assert_eq(row->token, s->tokens[i]);
-            cr_assert_eq((uint32_t)row->place, slot);
-            cr_assert_eq((uint16_t)(row->place >> HSTU_ROW_POSITION),
-                         hstu_position(i, s->cached, s->history, c->model.position_buckets));
-            cr_assert_eq((uint8_t)(row->place >> HSTU_ROW_SEQUENCE), b);
-            cr_assert_eq((uint8_t)(row->place >> HSTU_ROW_SLICES),
-                         c->row_slices[row - c->pinned.row]);
+            const uint32_t token = s->cached + i;
+            struct hstu_place place = hstu_place_row(l, row, page_tokens, buckets);
+            cr_assert_eq(p->token[row], s->tokens[i]);
+            cr_assert_geq(p->slices[row], 1);
+            cr_assert_eq(place.sequence, b);
+            cr_assert_eq(place.position, hstu_position(i, s->cached, s->history, buckets));
+            if (s->append && token < s->history) {
+                cr_assert_lt(place.page, l->pages);
+                cr_assert_eq(p->page[place.page], s->pages[token / page_tokens]);
+                cr_assert_eq(place.slot, token % page_tokens);
+            } else
+                cr_assert_eq(place.page, UINT32_MAX);
         }
     }
-    for (; row < c->pinned.row + graph_rows; row++)
-        cr_assert_eq((uint8_t)(row->place >> HSTU_ROW_SEQUENCE), HSTU_ROW_PADDING);
+    for (uint32_t i = 0; i < l->work; i++) {
+        cr_assert_eq(work[i].row_start, l->row_start[work[i].sequence]);
+        cr_assert_eq(work[i].page_start, l->page_start[work[i].sequence]);
+    }
+    for (; row < graph_rows; row++) {
+        cr_assert_eq(hstu_place_row(l, row, page_tokens, buckets).sequence, UINT32_MAX);
+        cr_assert_eq(p->slices[row], 0);
+    }
+}
+
+enum { BATCH_ROWS = 8192 };
+
+/* A runner as far as hstu_cuda_batch() looks at it. */
+static struct hstu_cuda runner(void)
+{
+    static struct hstu_counts counts;
+    static uint64_t tokens[BATCH_ROWS];
+    static uint8_t slices[BATCH_ROWS];
+    static uint32_t pages[BATCH_ROWS];
+    return (struct hstu_cuda){
+        .model = {.geometry = geometry, .group = 1, .position_buckets = 1024},
+        .path = &small_tiles,
+        .sm_count = SMS,
+        .max_rows = BATCH_ROWS,
+        .max_batch = SKV_MAX_BATCH,
+        .pool = pages, /* only asked whether there is one */
+        .pool_pages = UINT32_MAX / 64,
+        .page_capacity = BATCH_ROWS,
+        .work_capacity = ROOM,
+        .pinned = {
+            .counts = &counts, .token = tokens, .slices = slices, .page = pages, .work = work}};
 }
 
 Test(batch, rows_are_as_defined)
 {
-    enum { ROWS = 8192, TOKENS = 2048, TABLE = 1024 };
-    static struct hstu_cuda c;
-    static struct hstu_counts counts;
+    enum { TOKENS = 2048 };
     static uint64_t tokens[SKV_MAX_BATCH][TOKENS];
     static uint32_t pages[SKV_MAX_BATCH][TOKENS / 16];
     srand(11);
-    c = (struct hstu_cuda){.model = {.geometry = geometry, .group = 1},
-                           .path = &small_tiles,
-                           .sm_count = SMS,
-                           .max_rows = ROWS,
-                           .max_batch = SKV_MAX_BATCH,
-                           .pool = &c, /* only asked whether there is one */
-                           .pool_pages = UINT32_MAX / 64,
-                           .page_capacity = ROWS,
-                           .work_capacity = ROOM,
-                           .row_slices = row_slices,
-                           .pinned = {.counts = &counts,
-                                      .row = calloc(ROWS, sizeof(struct hstu_row)),
-                                      .page = calloc(ROWS, 4),
-                                      .work = work}};
+    struct hstu_cuda c = runner();
     uint32_t checked = 0;
     for (int round = 0; round < 300; round++) {
         c.model.geometry.page_tokens = 16u << rand() % 4;
-        c.model.position_buckets = round % 3 ? TABLE : 100; /* fewer than a history: clamped */
-        uint32_t count = 1 + (uint32_t)rand() % 6, graph_rows;
+        c.model.position_buckets = round % 3 ? 1024 : 100; /* fewer than a history: clamped */
+        /* Few sequences with many rows, or all that there can be; every fourth without rows. */
+        uint32_t count = round % 10 ? 1 + (uint32_t)rand() % 6 : SKV_MAX_BATCH, graph_rows;
+        uint32_t most = count > 6 ? 64 : 1024;
         struct hstu_sequence s[SKV_MAX_BATCH];
         for (uint32_t b = 0; b < count; b++) {
-            uint32_t history = (uint32_t)rand() % 1024;
+            uint32_t history = (uint32_t)rand() % most;
             s[b] = sequence(history, (uint32_t)rand() % (history + 1), (uint32_t)rand() % 64);
+            if (rand() % 4 == 0)
+                s[b] = sequence(history, history, 0);
             s[b].append = rand() % 2;
             s[b].tokens = tokens[b];
             s[b].pages = pages[b];
@@ -235,10 +261,29 @@ Test(batch, rows_are_as_defined)
                 pages[b][i] = (uint32_t)rand() % (UINT32_MAX / 128);
         }
         cr_assert_eq(hstu_cuda_batch(&c, s, count, &graph_rows), SKV_OK);
-        check_rows(&c, s, count, graph_rows);
+        if (c.rows)
+            check_rows(&c, s, count, graph_rows);
         checked += c.rows;
     }
     cr_assert_gt(checked, 100000);
-    free(c.pinned.row);
-    free(c.pinned.page);
+}
+
+Test(batch, pages_that_are_appended_to_need_room)
+{
+    static const uint32_t pages[4];
+    static const uint64_t tokens[128];
+    struct hstu_cuda c = runner();
+    struct hstu_sequence s = sequence(97, 32, 0); /* a page cached, four with what is appended */
+    uint32_t graph_rows;
+    s.pages = pages;
+    s.tokens = tokens;
+    s.append = true;
+    c.page_capacity = 4;
+    cr_assert_eq(hstu_cuda_batch(&c, &s, 1, &graph_rows), SKV_OK);
+    cr_assert_eq(c.pinned.counts->layout.pages, 4);
+    c.page_capacity = 3;
+    cr_assert_eq(hstu_cuda_batch(&c, &s, 1, &graph_rows), SKV_EINVAL);
+    s.append = false;
+    cr_assert_eq(hstu_cuda_batch(&c, &s, 1, &graph_rows), SKV_OK);
+    cr_assert_eq(c.pinned.counts->layout.pages, 1);
 }
