@@ -5,8 +5,6 @@
  *   bench_attention --bench            the shapes that matter, TFLOP/s of the exact mask beside 600
  *   bench_attention --batch 8 --history 4096 --new 4096 --candidates 256 --head-dim 256 --page 32
  *                                      one shape: checked with --check, timed with --bench
- *   --pairs n     puts neighbouring row tiles of a head side by side in the work list, n heads (of
- *                 all sequences) at a time; without it, hstu_plan()'s order
  *   --group g, --heads H, --seconds s (of timing, a shape)
  *
  * It makes its own batches, so it needs neither the runner nor the daemon: random m, a pool whose
@@ -107,88 +105,6 @@ static uint32_t random_u32(void)
     return random_state;
 }
 
-/* ---- the work list in pairs ---- */
-
-static const struct problem *sorting;
-static uint32_t pair_heads; /* 0: the planner's list as it is */
-
-/* Key steps of an item. */
-static uint32_t length_of(const struct hstu_work *w)
-{
-    uint32_t h = sorting->sequence[w->sequence].history, step = sorting->path->key_step;
-    uint32_t end = w->key1 < h ? w->key1 : h;
-    return w->rows ? (end > w->key0 ? (end - w->key0 + step - 1) / step : 0) + (w->key1 > h) : 0;
-}
-
-static int by_neighbour(const void *a, const void *b)
-{
-    const struct hstu_work *x = (const struct hstu_work *)a, *y = (const struct hstu_work *)b;
-    if (x->sequence != y->sequence)
-        return x->sequence < y->sequence ? -1 : 1;
-    if (x->head != y->head)
-        return x->head < y->head ? -1 : 1;
-    if (x->key0 != y->key0)
-        return x->key0 < y->key0 ? -1 : 1;
-    return x->row0 < y->row0 ? -1 : x->row0 > y->row0;
-}
-
-static int by_length(const void *a, const void *b)
-{
-    const struct hstu_work *x = (const struct hstu_work *)a, *y = (const struct hstu_work *)b;
-    uint32_t longer_x = length_of(x), longer_y = length_of(y);
-    return longer_x > longer_y ? -1 : longer_x < longer_y ? 1 : by_neighbour(a, b);
-}
-
-struct unit {
-    struct hstu_work item[2];
-};
-
-static int by_unit(const void *a, const void *b)
-{
-    const struct unit *x = (const struct unit *)a, *y = (const struct unit *)b;
-    uint32_t heads = sorting->geometry.heads;
-    uint32_t block_x = (x->item[0].sequence * heads + x->item[0].head) / pair_heads;
-    uint32_t block_y = (y->item[0].sequence * heads + y->item[0].head) / pair_heads;
-    if (block_x != block_y)
-        return block_x < block_y ? -1 : 1;
-    uint32_t lx = length_of(&x->item[0]) + length_of(&x->item[1]);
-    uint32_t ly = length_of(&y->item[0]) + length_of(&y->item[1]);
-    return lx > ly ? -1 : lx < ly ? 1 : by_neighbour(x, y);
-}
-
-/* Reorders a list so that items 2u and 2u + 1 are neighbouring row tiles of one head and slice
- * where there are such, longest units first among each pair_heads heads. `work` has room for twice
- * the items. Returns how many there are now. */
-static uint32_t pair_up(const struct problem *p, struct hstu_work *work, uint32_t items)
-{
-    uint32_t rows = p->path->tile_rows(p->geometry.head_dim), units = 0, singles = 0;
-    struct unit *unit = (struct unit *)calloc(items + 1, sizeof *unit);
-    struct hstu_work *single = (struct hstu_work *)calloc(items + 1, sizeof *single);
-    sorting = p;
-    qsort(work, items, sizeof *work, by_neighbour);
-    for (uint32_t i = 0; i < items; i++) {
-        const struct hstu_work *a = &work[i], *b = a + 1;
-        if (i + 1 < items && a->row0 / rows % 2 == 0 && b->row0 == a->row0 + rows &&
-            a->sequence == b->sequence && a->head == b->head && a->key0 == b->key0) {
-            unit[units].item[0] = *a;
-            unit[units++].item[1] = *b;
-            i++;
-        } else {
-            single[singles++] = *a;
-        }
-    }
-    qsort(single, singles, sizeof *single, by_length);
-    for (uint32_t i = 0; i < singles; i += 2, units++) {
-        unit[units].item[0] = single[i];
-        unit[units].item[1] = single[i + 1]; /* past the last: no rows */
-    }
-    qsort(unit, units, sizeof *unit, by_unit);
-    memcpy(work, unit, units * sizeof *unit);
-    free(unit);
-    free(single);
-    return units * 2;
-}
-
 /* Fills the device side for p->sequence[0 .. count). `order`: a seed for which physical pages.
  * Scores: q is scaled and shifted by the two. */
 static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t seed, float scale,
@@ -247,14 +163,12 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
 
     p->max_slices = hstu_plan_slices(p->rows);
     uint32_t capacity = hstu_plan_capacity(p->path, g, p->rows, p->count);
-    struct hstu_work *work = (struct hstu_work *)calloc(2 * capacity + 2, sizeof *work);
+    struct hstu_work *work = (struct hstu_work *)calloc(capacity, sizeof *work);
     uint8_t *slices = (uint8_t *)calloc(p->rows + 1, 1);
     struct cudaDeviceProp properties;
     CHECK(cudaGetDeviceProperties(&properties, 0));
     p->items = hstu_plan(p->path, g, p->group, p->sequence, p->count, p->rows,
                          properties.multiProcessorCount, p->max_slices, work, capacity, slices);
-    if (pair_heads)
-        p->items = pair_up(p, work, p->items);
 
     struct hstu_attention_args *a = &p->args;
     memset(a, 0, sizeof *a);
@@ -275,8 +189,8 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     a->batch.targets = (uint32_t *)device_copy(targets, sizeof targets);
     a->batch.pages = (uint32_t *)device_copy(shuffled, p->pool_pages * sizeof(uint32_t));
     a->batch.slices = (uint8_t *)device_copy(slices, p->rows);
-    a->batch.work = (struct hstu_work *)device_copy(work, (2 * capacity + 2) * sizeof *work);
-    a->batch.work_room = 2 * capacity + 2;
+    a->batch.work = (struct hstu_work *)device_copy(work, capacity * sizeof *work);
+    a->batch.work_room = capacity;
     a->batch.work_count = (uint32_t *)device_copy(&p->items, sizeof p->items);
     a->batch.next = (uint32_t *)device_alloc(SKV_MAX_LAYERS * sizeof(uint32_t));
     a->partial = (float *)device_alloc((uint64_t)p->max_slices * p->rows * g->heads * g->head_dim *
@@ -852,17 +766,16 @@ int main(int argc, char **argv)
     double seconds = 0.25;
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
-        static const char *const names[] = {"--batch",      "--history", "--new",
-                                            "--candidates", "--pairs",   "--head-dim",
-                                            "--page",       "--heads",   "--group"};
-        uint32_t *const fields[] = {&o.batch,    &o.history, &o.fresh, &o.candidates, &pair_heads,
+        static const char *const names[] = {"--batch",    "--history", "--new",   "--candidates",
+                                            "--head-dim", "--page",    "--heads", "--group"};
+        uint32_t *const fields[] = {&o.batch,    &o.history, &o.fresh, &o.candidates,
                                     &o.head_dim, &o.page,    &o.heads, &o.group};
         bool known = false;
         for (size_t k = 0; k < sizeof names / sizeof *names; k++)
             if (strcmp(name, names[k]) == 0) {
                 *fields[k] = number(value);
                 known = true;
-                shape |= fields[k] != &pair_heads;
+                shape = true;
                 i++;
             }
         if (known)

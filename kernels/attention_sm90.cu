@@ -226,12 +226,12 @@ template <int D> struct producer {
         __syncwarp();
     }
 
-    /* Reads the two items of the n-th unit of this pair of blocks: every second round goes
-     * backwards, so that of a list sorted by length each pair gets long and short ones. */
+    /* Reads the two items of the n-th unit of this pair of blocks: the first has the pair's own
+     * number, each names the one after it. The last one's successor lies past every list. */
     __device__ __forceinline__ void draft(uint32_t n)
     {
-        uint32_t pairs = gridDim.x / 2, pair = blockIdx.x / 2;
-        uint32_t unit = n * pairs + (n % 2 ? pairs - 1 - pair : pair);
+        uint32_t unit = n == 0 ? blockIdx.x / 2 : at.control->draft[0].work.next;
+        __syncwarp();
         if (lane < 2)
             read_item(&at.control->draft[lane], p, unit * 2 + lane);
         __syncwarp();
@@ -821,5 +821,5 @@ int path_launch(void *opaque, const struct hstu_attention_args *args, void *stre
 } // namespace
 
 extern "C" const struct hstu_attention_path hstu_attention_sm90 = {
-    "sm90", path_tile_rows, KEYS, path_open, path_close, path_launch,
+    "sm90", path_tile_rows, KEYS, 2, path_open, path_close, path_launch,
 };

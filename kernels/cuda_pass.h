@@ -29,17 +29,19 @@ extern "C" {
  * a multiple of the path's key_step, and only the last slice goes past h. Between h and the
  * candidates' own groups lie keys that no row of the tile may see: skip them by tiles.
  *
- * What a block needs of the sequence is repeated here, so that one load tells all. */
+ * What a block needs of the sequence is repeated here, so that one load tells all; the size is a
+ * multiple of 16. */
 struct hstu_work {
     uint32_t sequence, head;
     uint32_t row0;
     uint32_t key0, key1;
     uint32_t slice;
-    uint32_t rows;                  /* 1 to tile_rows */
+    uint16_t rows, slices;          /* 1 to tile_rows; that the tile has */
     uint32_t history, cached;       /* h, c */
     uint32_t row_start, page_start; /* the sequence's first query row; its first of `pages` */
-    uint32_t slices;                /* of this tile; the size is a multiple of 16 */
+    uint32_t next; /* of a unit's first item: the unit after it, or HSTU_WORK_LAST */
 };
+#define HSTU_WORK_LAST UINT32_MAX
 
 /* Page ids of a sequence in a batch's list: of what it reads, or reads and appends to. */
 static inline uint32_t hstu_pages_listed(const struct hstu_sequence *s, uint32_t page_tokens)
@@ -93,6 +95,10 @@ struct hstu_attention_path {
     /* Query rows of a work item (the tile) for a head dim, and the key granularity of a slice. */
     uint32_t (*tile_rows)(uint32_t head_dim);
     uint32_t key_step;
+    /* Items of a unit: 1, or 2 where two blocks work side by side, on items 2u and 2u + 1. Who
+     * takes units one by one may draw them in the order of the list; pairs of blocks, of which
+     * there are sm_count / 2 and at least one, follow `next`, pair w from unit w on. */
+    uint32_t unit_items;
     /* Anything to prepare before capture (function attributes, tensor maps over m and the pool),
      * once per runner: the addresses in `args` are those of every later launch. `state` is the
      * path's own; free it with close. */
@@ -105,10 +111,12 @@ struct hstu_attention_path {
 extern const struct hstu_attention_path hstu_attention_portable;
 extern const struct hstu_attention_path hstu_attention_sm90;
 
-/* The work list of a batch, longest items first; deterministic. The split of a sequence depends
- * only on `rows` (the graph size), the path and this sequence's own c, n and T, so that batch mates
- * never change a bit. Writes slices per row too, 0 for padding. Returns the number of items, or 0
- * when `capacity` is too small. */
+/* The work list of a batch, longest units first; deterministic. The split of a sequence depends
+ * only on `rows` (the graph size), the path, sm_count and this sequence's own c, n and T, so that
+ * batch mates never change a bit; they may change which items share a unit. Writes slices per row
+ * too, 0 for padding. Returns the number of items, or 0 when `capacity` is too small. Where units
+ * have two items and there is an odd number of them, one unit's second is a hole: an item of no
+ * rows, which counts. */
 uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geometry *geometry,
                    uint32_t group, const struct hstu_sequence *sequences, uint32_t count,
                    uint32_t rows, uint32_t sm_count, uint32_t max_slices, struct hstu_work *work,
@@ -118,7 +126,7 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
  * split, one for large ones. */
 uint32_t hstu_plan_slices(uint32_t rows);
 
-/* Items that a plan of `rows` rows in at most `batch` sequences can have. */
+/* Items, a hole included, that a plan of `rows` rows in at most `batch` sequences can have. */
 uint32_t hstu_plan_capacity(const struct hstu_attention_path *path,
                             const struct skv_geometry *geometry, uint32_t rows, uint32_t batch);
 

@@ -1,6 +1,7 @@
 /* What the CPU does for a launch, without a GPU. The attention planner: items cover every row, head
- * and key once, in order of length, and a sequence's items do not depend on its batch mates. The
- * batch's rows: as the definitions have them. */
+ * and key once, neighbours share a unit, every unit is some pair of blocks' and the pairs end
+ * together, and a sequence's items do not depend on its batch mates. The batch's rows: as the
+ * definitions have them. */
 #include "cuda_state.h"
 
 #include <criterion/criterion.h>
@@ -19,12 +20,14 @@ static uint32_t rows_128(uint32_t head_dim)
     return 128;
 }
 
-static const struct hstu_attention_path small_tiles = {.tile_rows = rows_64, .key_step = 64};
-static const struct hstu_attention_path large_tiles = {.tile_rows = rows_128, .key_step = 128};
-static const struct skv_geometry geometry = {
-    .layers = 1, .heads = 4, .head_dim = 256, .page_tokens = 32};
+/* As the portable and the sm90 path want it. */
+static const struct hstu_attention_path small_tiles = {
+    .tile_rows = rows_64, .key_step = 64, .unit_items = 1};
+static const struct hstu_attention_path large_tiles = {
+    .tile_rows = rows_128, .key_step = 128, .unit_items = 2};
+static struct skv_geometry geometry = {.layers = 1, .heads = 4, .head_dim = 256, .page_tokens = 32};
 
-enum { ROOM = 1 << 16, SMS = 132 };
+enum { ROOM = 1 << 16, SMS = 132, PAIRS = SMS / 2, GROUP = 1 };
 static struct hstu_work work[ROOM];
 static uint8_t row_slices[65536];
 
@@ -41,8 +44,52 @@ static uint32_t rows_of(const struct hstu_sequence *s)
 static uint32_t plan(const struct hstu_attention_path *path, const struct hstu_sequence *sequences,
                      uint32_t count, uint32_t rows)
 {
-    return hstu_plan(path, &geometry, 1, sequences, count, rows, SMS, hstu_plan_slices(rows), work,
-                     ROOM, row_slices);
+    return hstu_plan(path, &geometry, GROUP, sequences, count, rows, SMS, hstu_plan_slices(rows),
+                     work, ROOM, row_slices);
+}
+
+static uint32_t least(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+static uint32_t most(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+
+/* Key tiles of `step` keys that cover [from, to). */
+static uint32_t tiles_of(uint32_t from, uint32_t to, uint32_t step)
+{
+    return to > from ? (to - from + step - 1) / step : 0;
+}
+
+/* Tiles that attention_sm90_item.cuh's cut() makes of `rows` rows from an item's first on. */
+static uint32_t steps_of(const struct hstu_work *w, uint32_t rows, uint32_t key1, uint32_t step)
+{
+    uint32_t first = w->cached + w->row0, h = w->history, candidate = first > h ? first - h : 0;
+    uint32_t seen = least(least(h, first + rows), key1);
+    uint32_t own = most(h + candidate / GROUP * GROUP, w->key0);
+    return most(1, tiles_of(w->key0, least(w->cached, seen), step) +
+                       tiles_of(most(w->key0, w->cached), seen, step) +
+                       tiles_of(own, least(first + rows, key1), step));
+}
+
+/* May two items share their tiles? As joins() there. */
+static bool join(const struct hstu_work *a, const struct hstu_work *b)
+{
+    return a->rows == 128 && b->rows > 0 && a->sequence == b->sequence && a->head == b->head &&
+           b->row0 == a->row0 + 128 && a->key0 == b->key0 &&
+           (a->key1 == b->key1 || (a->key1 < b->key1 && a->key1 == a->cached + a->row0 + 128));
+}
+
+/* Key tiles of the unit of two items that begins at w. */
+static uint32_t unit_steps(const struct hstu_work *w)
+{
+    if (join(w, w + 1))
+        return steps_of(w, 128 + w[1].rows, w[1].key1, 128);
+    uint32_t other = w[1].rows ? steps_of(w + 1, w[1].rows, w[1].key1, 128) : 0;
+    return most(steps_of(w, w->rows, w->key1, 128), other);
 }
 
 /* Every (row, head) has its slices exactly once, and they partition [0, row's tile end). */
@@ -50,6 +97,7 @@ static void check_cover(const struct hstu_attention_path *path,
                         const struct hstu_sequence *sequences, uint32_t count, uint32_t rows)
 {
     uint32_t items = plan(path, sequences, count, rows), first = 0;
+    uint32_t holes = 0;
     uint64_t covered = 0, wanted = 0;
     for (uint32_t b = 0; b < count; first += rows_of(&sequences[b++]))
         for (uint32_t r = 0; r < rows_of(&sequences[b]); r++) {
@@ -63,6 +111,10 @@ static void check_cover(const struct hstu_attention_path *path,
         const struct hstu_work *w = &work[i];
         const struct hstu_sequence *s = &sequences[w->sequence];
         uint32_t end = s->cached + w->row0 + w->rows, next = 0;
+        if (w->rows == 0) { /* a hole: the second of a unit, and there is one at most */
+            cr_assert(path->unit_items == 2 && i % 2 == 1 && holes++ == 0);
+            continue;
+        }
         covered += w->rows;
         cr_assert(w->rows >= 1 && w->rows <= path->tile_rows(256));
         cr_assert_eq(w->row0 % path->tile_rows(256), 0);
@@ -78,6 +130,9 @@ static void check_cover(const struct hstu_attention_path *path,
                 next += work[k].slice == w->slice + 1;
         cr_assert_eq(next, w->key1 != end);
         cr_assert_eq(w->slice == 0, w->key0 == 0);
+        cr_assert_eq(w->slice + 1 == w->slices, w->key1 == end);
+        for (uint32_t r = w->row_start + w->row0; r < w->row_start + w->row0 + w->rows; r++)
+            cr_assert_eq(w->slices, row_slices[r]);
     }
     cr_assert_eq(covered, wanted);
 }
@@ -99,8 +154,10 @@ Test(plan, items_cover_every_row_and_key_once)
             rows += rows_of(&batches[i][b]);
             count += batches[i][b].history + batches[i][b].targets > 0 ? 1 : 0;
         }
-        check_cover(&small_tiles, batches[i], count, (rows + 63) / 64 * 64);
-        check_cover(&large_tiles, batches[i], count, (rows + 63) / 64 * 64);
+        for (geometry.heads = 1; geometry.heads <= 4; geometry.heads++) {
+            check_cover(&small_tiles, batches[i], count, (rows + 63) / 64 * 64);
+            check_cover(&large_tiles, batches[i], count, (rows + 63) / 64 * 64);
+        }
     }
 }
 
@@ -111,36 +168,125 @@ Test(plan, a_small_batch_fills_the_machine)
     cr_assert_geq(plan(&small_tiles, &s, 1, 384), SMS * 3 / 4);
 }
 
-Test(plan, longest_items_come_first)
+Test(plan, longest_units_come_first)
 {
     struct hstu_sequence s[2] = {sequence(4096, 0, 256), sequence(300, 0, 10)};
-    uint32_t items = plan(&small_tiles, s, 2, 5120);
-    for (uint32_t i = 1; i < items; i++) {
-        uint32_t before = work[i - 1].key1 - work[i - 1].key0, now = work[i].key1 - work[i].key0;
-        /* Candidates' gaps are not work; 256 keys of slack cover them. */
-        cr_assert_leq(now, before + 256 + 64);
+    uint32_t items = plan(&small_tiles, s, 2, 5120), before = UINT32_MAX;
+    for (uint32_t i = 0; i < items; i++) {
+        uint32_t now = steps_of(&work[i], work[i].rows, work[i].key1, 64);
+        cr_assert_leq(now, before);
+        before = now;
     }
+    items = plan(&large_tiles, s, 2, 5120);
+    before = UINT32_MAX;
+    for (uint32_t i = 0; i < items; i += 2) {
+        uint32_t now = unit_steps(&work[i]);
+        cr_assert_leq(now, before);
+        before = now;
+    }
+}
+
+/* Batches with a name of their own, and how far above the pairs' mean the last of them may end. */
+static const struct {
+    uint32_t batch, history, fresh, heads;
+    double allowed; /* of the mean */
+} cells[] = {
+    {1, 4096, 128, 4, 1.05},  {2, 4096, 128, 4, 1.20},  {4, 4096, 128, 4, 1.20},
+    {8, 4096, 128, 4, 1.10},  {1, 4096, 4096, 4, 1.10}, {8, 1024, 1024, 4, 1.15},
+    {8, 4096, 4096, 4, 1.05}, {8, 4096, 128, 1, 1.25},  {5, 4096, 128, 3, 1.20},
+};
+enum { CELLS = sizeof cells / sizeof *cells };
+
+static uint32_t plan_cell(uint32_t i)
+{
+    struct hstu_sequence s[SKV_MAX_BATCH];
+    geometry.heads = cells[i].heads;
+    for (uint32_t b = 0; b < cells[i].batch; b++)
+        s[b] = sequence(cells[i].history, cells[i].history - cells[i].fresh, 256);
+    return plan(&large_tiles, s, cells[i].batch, cells[i].batch * (cells[i].fresh + 256));
+}
+
+/* Pair w begins with unit w and follows the links. A unit costs its steps, and 0.7 of one. */
+Test(plan, every_unit_is_one_pairs_and_the_pairs_end_together)
+{
+    static uint8_t visits[ROOM];
+    for (uint32_t i = 0; i < CELLS; i++) {
+        uint32_t units = plan_cell(i) / 2;
+        double sum = 0, last = 0;
+        memset(visits, 0, sizeof visits);
+        for (uint32_t pair = 0; pair < PAIRS && pair < units; pair++) {
+            double end = 0;
+            for (uint32_t u = pair; u != HSTU_WORK_LAST; u = work[u * 2].next) {
+                cr_assert_lt(u, units);
+                cr_assert_eq(visits[u]++, 0);
+                end += unit_steps(&work[u * 2]) + 0.7;
+            }
+            sum += end;
+            last = end > last ? end : last;
+        }
+        for (uint32_t u = 0; u < units; u++)
+            cr_assert_eq(visits[u], 1);
+        cr_assert_leq(last, sum / PAIRS * cells[i].allowed,
+                      "batch %u history %u new %u: %.1f, %.1f", cells[i].batch, cells[i].history,
+                      cells[i].fresh, last, sum / PAIRS);
+    }
+}
+
+/* Rows 256 i and on with rows 256 i + 128 and on, of a head, for as many slices as the first has.
+ */
+Test(plan, neighbours_share_a_unit)
+{
+    for (uint32_t i = 0; i < CELLS; i++) {
+        uint32_t items = plan_cell(i), tiles = (cells[i].fresh + 256 + 127) / 128, joined = 0;
+        for (uint32_t u = 0; u < items; u += 2) {
+            joined += join(&work[u], &work[u + 1]);
+            for (uint32_t k = u; k < u + 2; k++)
+                if (work[k].rows && work[k].row0 % 256 == 0 && work[k].row0 / 128 + 1 < tiles)
+                    cr_assert(k == u && join(&work[u], &work[u + 1]));
+        }
+        cr_assert_geq(joined, cells[i].batch * cells[i].heads * (tiles / 2));
+    }
+}
+
+static int by_place(const void *a, const void *b)
+{
+    const struct hstu_work *x = a, *y = b;
+    int order = (x->head > y->head) - (x->head < y->head);
+    order = order ? order : (x->row0 > y->row0) - (x->row0 < y->row0);
+    return order ? order : (x->slice > y->slice) - (x->slice < y->slice);
+}
+
+/* The items of sequence 0, in an order of their own. What comes after a unit is left out. */
+static uint32_t items_of_first(const struct hstu_attention_path *path,
+                               const struct hstu_sequence *sequences, uint32_t count,
+                               struct hstu_work *out)
+{
+    uint32_t items = plan(path, sequences, count, 1024), found = 0;
+    for (uint32_t i = 0; i < items; i++)
+        if (work[i].sequence == 0 && work[i].rows) {
+            out[found] = work[i];
+            out[found++].next = 0;
+        }
+    qsort(out, found, sizeof *out, by_place);
+    return found;
 }
 
 Test(plan, batch_mates_change_nothing)
 {
+    static const struct hstu_attention_path *const paths[] = {&small_tiles, &large_tiles};
+    static struct hstu_work with_a[ROOM], with_b[ROOM];
     struct hstu_sequence a[3] = {sequence(2000, 1700, 100), sequence(64, 0, 64),
                                  sequence(500, 100, 7)};
     struct hstu_sequence b[3] = {sequence(2000, 1700, 100), sequence(4000, 3600, 30),
                                  sequence(3, 0, 0)};
-    static struct hstu_work mine[ROOM];
-    uint32_t items = plan(&small_tiles, a, 3, 1024), count = 0, found = 0;
-    for (uint32_t i = 0; i < items; i++)
-        if (work[i].sequence == 0)
-            mine[count++] = work[i];
-    items = plan(&small_tiles, b, 3, 1024);
-    for (uint32_t i = 0; i < items; i++)
-        if (work[i].sequence == 0) {
-            cr_assert_lt(found, count);
-            cr_assert_eq(memcmp(&mine[found], &work[i], sizeof work[i]), 0);
-            found++;
+    for (uint32_t i = 0; i < 2; i++)
+        for (geometry.heads = 1; geometry.heads <= 4; geometry.heads++) {
+            uint32_t items = items_of_first(paths[i], a, 3, with_a);
+            cr_assert_eq(items_of_first(paths[i], b, 3, with_b), items);
+            cr_assert_eq(memcmp(with_a, with_b, items * sizeof *with_a), 0);
+            cr_assert_eq(items_of_first(paths[i], a, 1, with_b), items);
+            cr_assert_eq(memcmp(with_a, with_b, items * sizeof *with_a), 0);
         }
-    cr_assert_eq(found, count);
 }
 
 Test(plan, random_batches_fit_the_capacity)
@@ -156,17 +302,24 @@ Test(plan, random_batches_fit_the_capacity)
         }
         if (!rows)
             continue;
-        uint32_t items = plan(&small_tiles, s, count, rows);
+        geometry.heads = 1 + (uint32_t)rand() % 8;
+        const struct hstu_attention_path *path = round % 2 ? &small_tiles : &large_tiles;
+        uint32_t items = plan(path, s, count, rows);
         cr_assert_gt(items, 0);
-        cr_assert_leq(items, hstu_plan_capacity(&small_tiles, &geometry, rows, count));
+        cr_assert_leq(items, hstu_plan_capacity(path, &geometry, rows, count));
     }
 }
 
 Test(plan, too_small_a_room_is_refused)
 {
     struct hstu_sequence s = sequence(128, 0, 0);
-    cr_assert_eq(hstu_plan(&small_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 3, row_slices),
+    geometry.heads = 3;
+    cr_assert_eq(hstu_plan(&small_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 5, row_slices),
                  0);
+    cr_assert_eq(hstu_plan(&large_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 3, row_slices),
+                 0);
+    cr_assert_eq(hstu_plan(&large_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 4, row_slices),
+                 4);
 }
 
 /* Every row, by its definition, from what pull reads and by the function that pull calls. */
