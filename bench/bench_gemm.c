@@ -18,6 +18,11 @@
 
 enum { E = 1024, LAYERS = 8, REPEATS = 5, WORKSPACE = 32 << 20, MOST_ROWS = 34816 };
 
+/* Of bench_block's cells. */
+static const uint32_t grid_rows[] = {384,  512,  768,  1024,  1280,  1536,  2048,
+                                     2304, 2560, 3072, 4096,  4352,  4608,  5120,
+                                     6144, 8704, 9216, 10240, 17408, 18432, 34816};
+
 static cudaStream_t stream;
 static cudaEvent_t before, after;
 static char *a, *b, *bias, *out;
@@ -187,18 +192,12 @@ int main(int argc, char **argv)
         printf("# %s; first and best of the heuristic's algorithms\n"
                "product      rows     n     first TFLOP/s      best TFLOP/s choice\n",
                hstu_gemm_name(gemm));
-    uint32_t last = 0;
-    for (uint32_t batch = 1; batch <= 8; batch *= 2)
-        for (uint32_t n = 128; n <= 4096; n *= 2) {
-            uint32_t rows = batch * (n + 256);
-            if (rows <= last)
-                continue; /* sizes in between differ little */
-            last = rows;
-            shape(gemm, HSTU_PRODUCT_BIAS, rows, 4 * E, choices, tune);
-            if (major == 9 && !tune)
-                fused_shape(rows, 4 * E);
-            shape(gemm, HSTU_PRODUCT_RESIDUAL, rows, E, choices, tune);
-        }
+    for (size_t i = 0; i < sizeof grid_rows / sizeof *grid_rows; i++) {
+        shape(gemm, HSTU_PRODUCT_BIAS, grid_rows[i], 4 * E, choices, tune);
+        if (major == 9 && !tune)
+            fused_shape(grid_rows[i], 4 * E);
+        shape(gemm, HSTU_PRODUCT_RESIDUAL, grid_rows[i], E, choices, tune);
+    }
     hstu_gemm_close(gemm);
     return 0;
 }

@@ -15,7 +15,7 @@
  * The warpgroups take turns at the tensor cores, one product each: while one computes SiLU, the
  * other multiplies (struct turns). SiLU needs no row statistics, so that is all: no rescaling, and
  * slices of the key range simply add in the kernel that reads the partial sums. An item's output is
- * stored while the first product of the next item runs.
+ * stored while the first product of the next item runs, where that needs no mask.
  *
  * Masks. Within a tile the keys that a row may see are always one interval, so a mask is one
  * unsigned comparison, and only tiles at an edge pay for it. A warpgroup that needs only one half
@@ -263,6 +263,9 @@ template <int D> struct producer {
                 return;
             }
             struct page_window window = {-32, 0};
+            /* The ring has two slots to spare beyond a whole tile: they are free before Q is, when
+             * an item ends. The first tile does not wait for m, if it is of pages. */
+            const int q_after = (waited ? min(CHUNKS, 2) : CHUNKS) - 1;
 #pragma unroll 1
             for (int32_t t = 0; t < it->steps; t++) {
                 struct tile tile = tile_at(it, t);
@@ -276,19 +279,14 @@ template <int D> struct producer {
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
                     load_k(it, tile, window, c);
-                    /* The ring has two slots to spare beyond a whole tile: they are free before Q
-                     * is, when an item ends. */
-                    if (t == 0 && n > 0 && c == min(CHUNKS, 2) - 1)
+                    if (t == 0 && c == q_after)
                         load_q(it, n);
                 }
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++)
                     load_v(it, tile, window, c);
-                if (t > 0)
-                    continue;
-                if (n == 0) /* the first tile does not wait for m, if it is of pages */
-                    load_q(it, n);
-                draft(n + 1); /* while the consumers are busy */
+                if (t == 0) /* while the consumers are busy */
+                    draft(n + 1);
             }
         }
     }
@@ -429,10 +427,8 @@ template <int D> struct consumer {
         char *lower = out + 8 * p.heads * D * sizeof(float);
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
-            store_pair(out + i * 32, __float_as_uint(o[i * 4]), __float_as_uint(o[i * 4 + 1]),
-                       below > 0);
-            store_pair(lower + i * 32, __float_as_uint(o[i * 4 + 2]), __float_as_uint(o[i * 4 + 3]),
-                       below > 8);
+            store_pair(out + i * 32, o[i * 4], o[i * 4 + 1], below > 0);
+            store_pair(lower + i * 32, o[i * 4 + 2], o[i * 4 + 3], below > 8);
         }
     }
 
@@ -487,7 +483,8 @@ template <int D> struct consumer {
         }
     }
 
-    /* One tile: keys [half * 64, half * 64 + N) of it. `begins`: o is still the last item's. */
+    /* One tile: keys [half * 64, half * 64 + N) of it. `begins`: o is still the last item's, to be
+     * stored. */
     template <int N, bool Masked>
     __device__ __forceinline__ void step(float *o, const struct item *it, const struct tile &tile,
                                          int32_t valid, uint32_t half, bool begins, bool last)
@@ -513,8 +510,6 @@ template <int D> struct consumer {
             store(o);
         wgmma_wait();
         pin<N / 2>(s);
-        if (Masked && begins) /* here registers are too scarce for stores beside the product */
-            store(o);
         release(k);
         if (last && lane == 0)
             barrier_arrive(shared_address(&at.control->q_empty[group]));
@@ -546,14 +541,12 @@ template <int D> struct consumer {
     }
 
     /* A tile that no row of ours sees: keep the turns and the ring going. */
-    __device__ __forceinline__ void skip(float *o, bool begins, bool last)
+    __device__ __forceinline__ void skip(bool last)
     {
         struct cursor<D> k = ring, v = ring.at(config<D>::CHUNKS);
         acquire(k);
         turn.wait();
         turn.pass();
-        if (begins)
-            store(o);
         release(k);
         if (last && lane == 0)
             barrier_arrive(shared_address(&at.control->q_empty[group]));
@@ -576,6 +569,12 @@ template <int D> struct consumer {
             const struct item *it = &at.control->item[n & 1];
             barrier_wait(shared_address(&at.control->item_full[n & 1]), n >> 1 & 1);
             int32_t steps = uniform(it->steps);
+            /* The last item's o is stored beside the first product, if that is of whole tiles: for
+             * a masked one registers are too scarce. */
+            struct view first = look(it, tile_at(it, 0), position(it), rows_of(it));
+            bool begins = n > 0 && uniform(!first.masked && first.to > first.from);
+            if (n > 0 && (steps == 0 || !begins))
+                store(o);
             if (steps == 0)
                 break;
             barrier_wait(shared_address(&at.control->q_full[group]), n & 1);
@@ -585,15 +584,15 @@ template <int D> struct consumer {
                 struct view view = look(it, tile, position(it), rows_of(it));
                 int32_t from = uniform(view.from), to = uniform(view.to);
                 int32_t masked = uniform(view.masked);
-                bool begins = t == 0 && n > 0, last = t + 1 == steps;
+                bool last = t + 1 == steps;
                 if (to <= from)
-                    skip(o, begins, last);
+                    skip(last);
                 else if (to <= HALF || from >= HALF)
-                    step<HALF, true>(o, it, tile, view.valid, from >= HALF, begins, last);
+                    step<HALF, true>(o, it, tile, view.valid, from >= HALF, false, last);
                 else if (masked)
-                    step<KEYS, true>(o, it, tile, view.valid, 0, begins, last);
+                    step<KEYS, true>(o, it, tile, view.valid, 0, false, last);
                 else
-                    step<KEYS, false>(o, it, tile, view.valid, 0, begins, last);
+                    step<KEYS, false>(o, it, tile, view.valid, 0, begins && t == 0, last);
                 ring.advance(2 * config<D>::CHUNKS);
             }
             int32_t row = warp * 16 + lane / 4;
@@ -609,8 +608,6 @@ template <int D> struct consumer {
         }
         if (group == 0)
             turn.wait();
-        if (n > 0)
-            store(o);
     }
 };
 

@@ -31,7 +31,7 @@ enum {
      * back in the gate kernel costs 1/5600 step a row and head, half of that where it is the only
      * one, of bf16. */
     STEP_TICKS = 10,
-    UNIT_TICKS = 7,
+    UNIT_TICKS = 12,
     HALF_ROW_STEP_SHARE = 2 * 5600,
     FINE_STEPS = 32,    /* targets up to this are tried one by one, longer ones 1/32 apart */
     LENGTHS = 1024,     /* longer units count as if they were this long */
