@@ -241,12 +241,14 @@ static bool find_some(struct skv_mover *mover, struct onboard *onboard, uint64_t
     uint32_t before = onboard->found;
     int status = 0;
     while (status == 0 && onboard->found < onboard->job->move_count &&
-           onboard->found - before < VISIT_PAGES && has_room(mover) && skv_now_ns() < deadline_ns) {
+           onboard->found - before < VISIT_PAGES && has_room(mover)) {
         status = find_page(mover, onboard, onboard->found);
         if (status == 0)
             onboard->found++;
         else if (status != SKV_EAGAIN)
             onboard_fail(mover, onboard, onboard->found, status);
+        if (skv_now_ns() >= deadline_ns)
+            break;
     }
     found_all(mover, onboard);
     return onboard->found > before || onboard->stage != STAGE_FINDING;
@@ -325,8 +327,10 @@ bool source_find(struct skv_mover *mover, uint64_t deadline_ns)
         if (moved) /* one who could not goes first when there is room */
             onboard->turn = ++mover->turns;
         any |= moved;
-        if (skv_now_ns() >= deadline_ns)
+        if (skv_now_ns() >= deadline_ns) {
+            any = true; /* the others may have something to do: no rest before they were asked */
             break;
+        }
     }
     source_flush(mover);
     return any;
