@@ -192,7 +192,6 @@ static bool work(struct skv_mover *mover)
     any |= offload_land(mover);
     any |= onboard_layers(mover, deadline_ns); /* first: keeps the copy engine busy */
     any |= source_begin(mover);
-    any |= source_verify(mover, deadline_ns);
     any |= source_find(mover, deadline_ns);
     any |= onboard_gates(mover);
     any |= offload_copy(mover);

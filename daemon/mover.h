@@ -8,15 +8,16 @@
  * job is the mover's from the call until its last event, then the caller's again. The loop never
  * blocks in here.
  *
- * Onboard: all batches on one FIFO stream, round robin by layer groups between batches; gate l of a
- * job opens after the last copy of layer l of the job and of every job up to `after`. Slices below
- * 128 KiB share a gate's worth of copies (a layer group: its gates open together). Verified pages
- * in registered windows are copied straight from the map, layer by layer, split at window borders,
- * under a read transaction that lives as long as the copies. The others are slower than the bus
- * anyway: they are verified by the CPU, in place or after a read into pinned staging, and copied
- * whole as they come. No gate of a job opens before all its pages are located and verified. A
- * missing or damaged page: SKV_MOVER_FAILED, the job halts; the loop answers with
- * skv_mover_cancel().
+ * Onboard: all batches on one FIFO stream, round robin by layer groups between batches. A prefetch
+ * gets what jobs that a worker waits for leave of snapshots, staging and room for copies, or one
+ * turn in 256; it is one of them as soon as a gated job comes after it. Gate l of a job opens after
+ * the last copy of layer l of the job and of every job up to `after`. Slices below 128 KiB share a
+ * gate's worth of copies (a layer group: its gates open together). Verified pages in registered
+ * windows are copied straight from the map, layer by layer, split at window borders, under a read
+ * transaction that lives as long as the copies. The others are slower than the bus anyway: they are
+ * verified by the CPU, in place or after a read into pinned staging, and copied whole as they come.
+ * No gate of a job opens before all its pages are located and verified. A missing or damaged page:
+ * SKV_MOVER_FAILED, the job halts; the loop answers with skv_mover_cancel().
  *
  * Offload: no D2H copy is queued while an onboard with a gate row lives, but for 64 MiB after every
  * 100 ms of waiting, so that offload goes on under unbroken load. Long offloads are stored in

@@ -13,9 +13,10 @@
 #include "mover.h"
 #include "queue.h"
 
-#define READERS         8u  /* snapshots, so onboards that read at one time */
-#define PREFETCHES      4u  /* of these for jobs without a gate row: a gated one finds one free */
-#define READS           32u /* direct reads in flight: 32 MiB of 1 MiB pages keep a disk busy */
+#define READERS         8u   /* snapshots, so onboards that read at one time */
+#define PREFETCHES      4u   /* of these for jobs without a gate row: a gated one finds one free */
+#define STARVE_TURNS    256u /* of others, then a prefetch has one too, under whatever load */
+#define READS           32u  /* direct reads in flight: 32 MiB of 1 MiB pages keep a disk busy */
 #define TURN_NS         UINT64_C(500000) /* a turn's work; a lookup waits for twice this at most */
 #define NAP_NS          UINT64_C(20000)  /* between looks at what is in flight */
 #define GROUP_BYTES     (UINT64_C(128) << 10) /* smaller slices share a group of copies */
@@ -63,6 +64,10 @@ struct onboard {
     uint32_t opened;   /* groups whose gates are queued or open */
     uint32_t at;       /* of pages[], in the group being queued */
     uint32_t page_count;
+    uint64_t turn;          /* when its last turn ended; at first: when it came */
+    uint64_t turn_bytes;    /* of layers, queued in this turn */
+    uint64_t visit;         /* the last one in which it looked for pages */
+    struct slot *read_slot; /* read, waiting to be verified */
     struct layered pages[]; /* [move_count] */
 };
 _Static_assert(sizeof(struct onboard) <= SKV_ONBOARD_STATE_BYTES(0) && sizeof(struct layered) == 16,
@@ -71,7 +76,7 @@ _Static_assert(sizeof(struct onboard) <= SKV_ONBOARD_STATE_BYTES(0) && sizeof(st
 struct slot { /* of onboard staging */
     struct skv_direct_read read;
     struct onboard *onboard;
-    struct slot *next; /* free, or waiting to be verified */
+    struct slot *next; /* free, or of its job: waiting to be verified */
     uint32_t move;     /* of the job */
     uint32_t value_offset;
 };
@@ -131,14 +136,13 @@ struct skv_mover {
     struct skv_reader *readers[READERS]; /* free ones */
     uint32_t readers_free, prefetches;
     struct onboard *first, *last; /* live jobs, by id */
-    struct onboard *find_turn;    /* who looks for pages next */
-    struct onboard *layer_turn;   /* who queues a layer group next */
-    uint64_t turn_bytes;          /* queued in this turn */
+    uint64_t turns, visits;       /* counted */
+    uint64_t awaited;             /* a gated job comes after all jobs up to this one */
     uint32_t gated;               /* live jobs with a gate row */
     uint8_t *memory;              /* onboard staging */
     uint64_t slot_bytes;
-    uint32_t slot_count, slots_free, reads;
-    struct slot *slots, *free_slot, *read_slot, **read_last; /* read: waiting to be verified */
+    uint32_t slot_count, reads;
+    struct slot *slots, *free_slot;
     struct flight flights[FLIGHTS];
     uint32_t flight_first, flight_count;
     uint64_t flight_bytes;
@@ -178,6 +182,10 @@ bool onboard_land(struct skv_mover *mover);                         /* flights t
 bool onboard_layers(struct skv_mover *mover, uint64_t deadline_ns); /* queues layer groups */
 bool onboard_gates(struct skv_mover *mover);                        /* queues openings; ends jobs */
 void onboard_forget(struct skv_mover *mover, struct onboard *onboard); /* no event */
+/* Whose turn it is, of those that `may` have one: jobs that a worker waits for before the others,
+ * then the one whose last turn is longest ago. NULL: nobody's. */
+struct onboard *onboard_next(const struct skv_mover *mover,
+                             bool (*may)(const struct skv_mover *, const struct onboard *));
 /* Queues mover->copies[count], and takes `flight` with its mark. */
 void flight_start(struct skv_mover *mover, struct flight *flight, uint32_t copy_count);
 /* Appends copies of a page's bytes [from, from + bytes) to mover->copies[count]; split at window
@@ -188,10 +196,9 @@ uint32_t copies_add(struct skv_mover *mover, uint32_t count, uint32_t page, cons
 /* mover_source.c */
 int source_open(struct skv_mover *mover, uint64_t bytes);
 void source_close(struct skv_mover *mover);
-bool source_begin(struct skv_mover *mover); /* gives queued jobs a snapshot */
-bool source_find(struct skv_mover *mover, uint64_t deadline_ns);
-bool source_verify(struct skv_mover *mover, uint64_t deadline_ns); /* what was read */
-void source_flush(struct skv_mover *mover);                        /* queues the gathered pages */
+bool source_begin(struct skv_mover *mover);                      /* gives queued jobs a snapshot */
+bool source_find(struct skv_mover *mover, uint64_t deadline_ns); /* and verifies */
+void source_flush(struct skv_mover *mover);                      /* queues the gathered pages */
 void source_free(struct skv_mover *mover, struct slot *slot);
 void source_end(struct skv_mover *mover, struct onboard *onboard); /* the snapshot */
 

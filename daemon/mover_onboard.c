@@ -3,9 +3,9 @@
  * A job's pages are found and verified first (mover_source.c). Those that the CPU had to read or
  * to verify are copied whole as they come, slower than the bus anyway; the others, verified before
  * and lying in registered windows, are copied here, layer group by layer group, jobs in turn (one
- * of few pages has all its groups in one turn and so overtakes a large one). Gate l is queued
- * behind the copies of its layer group: of this job, and of every job up to `after`. One stream for
- * all of it makes "queued before" mean "copied before".
+ * of few pages has all its groups in one turn and so overtakes a large one; prefetches come last).
+ * Gate l is queued behind the copies of its layer group: of this job, and of every job up to
+ * `after`. One stream for all of it makes "queued before" mean "copied before".
  *
  * At most LAYER_BYTES are queued at a time: enough to keep the copy engine busy between turns, so
  * little that a job that arrives now is served soon. */
@@ -28,6 +28,9 @@ void onboard_accept(struct skv_mover *mover, struct skv_onboard *job)
     onboard->job = job;
     onboard->stage = job->move_count ? STAGE_QUEUED : STAGE_GATES;
     onboard->groups = job->move_count ? 0 : mover->groups;
+    onboard->turn = ++mover->turns;
+    if (job->gate_row && mover->awaited < job->after)
+        mover->awaited = job->after;
     assert(!mover->last || mover->last->job->id < job->id);
     onboard->prev = mover->last;
     *(mover->last ? &mover->last->next : &mover->first) = onboard;
@@ -39,10 +42,6 @@ void onboard_accept(struct skv_mover *mover, struct skv_onboard *job)
 void onboard_forget(struct skv_mover *mover, struct onboard *onboard)
 {
     source_end(mover, onboard);
-    if (mover->find_turn == onboard)
-        mover->find_turn = onboard->next;
-    if (mover->layer_turn == onboard)
-        mover->layer_turn = onboard->next;
     *(onboard->prev ? &onboard->prev->next : &mover->first) = onboard->next;
     *(onboard->next ? &onboard->next->prev : &mover->last) = onboard->prev;
     if (onboard->job->gate_row && --mover->gated == 0 && mover->options.pinner)
@@ -100,6 +99,33 @@ static void finish_cancel(struct skv_mover *mover, struct onboard *onboard)
     for (uint32_t layer = 0; row && layer < layers; layer++)
         skv_gate_store(&row[layer], 1);
     end(mover, onboard, SKV_MOVER_CANCELLED);
+}
+
+/* ---- whose turn it is ---- */
+
+/* Does a worker wait for it, for its own gates or for those of a job that comes after it? Or has it
+ * been passed over for so long that its snapshot is in the store's way? */
+static bool is_urgent(const struct skv_mover *mover, const struct onboard *onboard)
+{
+    return onboard->job->gate_row || onboard->job->id <= mover->awaited ||
+           mover->turns - onboard->turn >= STARVE_TURNS;
+}
+
+static bool goes_before(const struct skv_mover *mover, const struct onboard *a,
+                        const struct onboard *b)
+{
+    bool urgent = is_urgent(mover, a);
+    return urgent != is_urgent(mover, b) ? urgent : a->turn < b->turn;
+}
+
+struct onboard *onboard_next(const struct skv_mover *mover,
+                             bool (*may)(const struct skv_mover *, const struct onboard *))
+{
+    struct onboard *next = NULL;
+    for (struct onboard *onboard = mover->first; onboard; onboard = onboard->next)
+        if (may(mover, onboard) && (!next || goes_before(mover, onboard, next)))
+            next = onboard;
+    return next;
 }
 
 /* ---- flights: what is queued on the stream, in order ---- */
@@ -238,27 +264,13 @@ bool onboard_gates(struct skv_mover *mover)
 
 /* The first group may begin while the last pages are being found; it ends, and its gates open, only
  * after that. */
-static bool has_layers(const struct onboard *onboard)
+static bool has_layers(const struct skv_mover *mover, const struct onboard *onboard)
 {
+    (void)mover;
     if (onboard->cancelled)
         return false;
     return onboard->stage == STAGE_LAYERS ||
            (onboard->stage == STAGE_FINDING && onboard->page_count - onboard->at >= EARLY_PAGES);
-}
-
-/* The job whose turn it is, or the next one that has layers to queue; NULL: none. */
-static struct onboard *next_layered(struct skv_mover *mover)
-{
-    struct onboard *start = mover->layer_turn ? mover->layer_turn : mover->first;
-    struct onboard *onboard = start;
-    while (onboard && !has_layers(onboard)) {
-        onboard = onboard->next ? onboard->next : mover->first;
-        if (onboard == start)
-            onboard = NULL;
-    }
-    if (onboard != mover->layer_turn)
-        mover->turn_bytes = 0;
-    return mover->layer_turn = onboard;
 }
 
 /* One call's worth of the layer group at hand. */
@@ -281,15 +293,15 @@ static void queue_layers(struct skv_mover *mover, struct onboard *onboard)
     if (count)
         flight_start(mover, &flight, count);
     mover->onboard_in_place_bytes += flight.bytes;
-    mover->turn_bytes += flight.bytes;
+    onboard->turn_bytes += flight.bytes;
     if (onboard->at < onboard->page_count || onboard->stage == STAGE_FINDING)
         return;
     onboard->at = 0;
     if (++onboard->groups == mover->groups)
         onboard->stage = STAGE_GATES;
-    if (mover->turn_bytes >= TURN_BYTES || onboard->stage == STAGE_GATES) {
-        mover->layer_turn = onboard->next;
-        mover->turn_bytes = 0;
+    if (onboard->turn_bytes >= TURN_BYTES) {
+        onboard->turn = ++mover->turns;
+        onboard->turn_bytes = 0;
     }
 }
 
@@ -298,7 +310,7 @@ bool onboard_layers(struct skv_mover *mover, uint64_t deadline_ns)
     bool any = false;
     struct onboard *onboard;
     while (!mover->broken && mover->flight_count < LAYER_FLIGHTS &&
-           mover->flight_bytes < LAYER_BYTES && (onboard = next_layered(mover))) {
+           mover->flight_bytes < LAYER_BYTES && (onboard = onboard_next(mover, has_layers))) {
         queue_layers(mover, onboard);
         open_gates(mover, onboard); /* right behind, before another job's turn */
         any = true;

@@ -8,7 +8,10 @@
  *
  * A page that is missing, cannot be read or is not what the job expects fails the job. Slots are
  * taken one by one and given back whatever becomes of a job, so that jobs larger than staging, and
- * many of them, only wait for each other's copies, never for each other's ends. */
+ * many of them, only wait for each other's copies, never for each other's ends.
+ *
+ * Snapshots, slots and room for copies go to jobs in the order of onboard_next(): a prefetch gets
+ * what the jobs that a worker waits for leave. */
 #include "mover_internal.h"
 
 #include <assert.h>
@@ -29,7 +32,6 @@ int source_open(struct skv_mover *mover, uint64_t bytes)
     mover->slot_bytes = (mover->page_bytes + SKV_TRAILER_BYTES + 4096 + 4095) & ~UINT64_C(4095);
     uint64_t slots = bytes / mover->slot_bytes;
     mover->slot_count = slots < 4 ? 4 : slots > UINT32_MAX / 2 ? UINT32_MAX / 2 : (uint32_t)slots;
-    mover->read_last = &mover->read_slot;
     mover->slots = calloc(mover->slot_count, sizeof *mover->slots);
     if (!mover->slots)
         return SKV_ENOMEM;
@@ -68,23 +70,24 @@ void source_free(struct skv_mover *mover, struct slot *slot)
 
 /* ---- snapshots ---- */
 
+static bool may_begin(const struct skv_mover *mover, const struct onboard *onboard)
+{
+    return onboard->stage == STAGE_QUEUED && !onboard->cancelled && mover->readers_free &&
+           (onboard->job->gate_row || mover->prefetches < PREFETCHES);
+}
+
 bool source_begin(struct skv_mover *mover)
 {
     bool any = false;
-    for (struct onboard *onboard = mover->first; onboard && mover->readers_free;
-         onboard = onboard->next) {
-        bool prefetch = !onboard->job->gate_row;
-        if (onboard->stage != STAGE_QUEUED || onboard->cancelled ||
-            (prefetch && mover->prefetches == PREFETCHES))
-            continue;
-        any = true;
+    struct onboard *onboard;
+    for (; (onboard = onboard_next(mover, may_begin)); any = true) {
         int status = skv_reader_begin(mover->readers[mover->readers_free - 1]);
         if (status) {
             onboard_fail(mover, onboard, 0, status);
             continue;
         }
         onboard->reader = mover->readers[--mover->readers_free];
-        mover->prefetches += prefetch;
+        mover->prefetches += !onboard->job->gate_row;
         onboard->stage = STAGE_FINDING;
     }
     return any;
@@ -238,31 +241,17 @@ static bool find_some(struct skv_mover *mover, struct onboard *onboard, uint64_t
     uint32_t before = onboard->found;
     int status = 0;
     while (status == 0 && onboard->found < onboard->job->move_count &&
-           onboard->found - before < VISIT_PAGES && has_room(mover) && skv_now_ns() < deadline_ns) {
+           onboard->found - before < VISIT_PAGES && has_room(mover)) {
         status = find_page(mover, onboard, onboard->found);
         if (status == 0)
             onboard->found++;
         else if (status != SKV_EAGAIN)
             onboard_fail(mover, onboard, onboard->found, status);
+        if (skv_now_ns() >= deadline_ns)
+            break;
     }
     found_all(mover, onboard);
     return onboard->found > before || onboard->stage != STAGE_FINDING;
-}
-
-bool source_find(struct skv_mover *mover, uint64_t deadline_ns)
-{
-    bool any = false;
-    struct onboard *start = mover->find_turn ? mover->find_turn : mover->first, *onboard = start;
-    while (onboard && !mover->broken) {
-        if (onboard->stage == STAGE_FINDING && !onboard->cancelled)
-            any |= find_some(mover, onboard, deadline_ns);
-        onboard = onboard->next ? onboard->next : mover->first;
-        if (onboard == start || skv_now_ns() >= deadline_ns)
-            break;
-    }
-    mover->find_turn = onboard;
-    source_flush(mover);
-    return any;
 }
 
 /* ---- what was read ---- */
@@ -276,9 +265,8 @@ static bool collect(struct skv_mover *mover, uint64_t deadline_ns)
          any = true) {
         struct slot *slot = (struct slot *)read; /* its first member */
         mover->reads--;
-        slot->next = NULL;
-        *mover->read_last = slot;
-        mover->read_last = &slot->next;
+        slot->next = slot->onboard->read_slot;
+        slot->onboard->read_slot = slot;
     }
     return any;
 }
@@ -304,18 +292,45 @@ static void verify_slot(struct skv_mover *mover, struct slot *slot)
     found_all(mover, onboard);
 }
 
-bool source_verify(struct skv_mover *mover, uint64_t deadline_ns)
+static bool verify_some(struct skv_mover *mover, struct onboard *onboard, uint64_t deadline_ns)
 {
-    bool any = collect(mover, deadline_ns);
-    while (mover->read_slot && has_room(mover) && !mover->broken) {
-        struct slot *slot = mover->read_slot;
-        mover->read_slot = slot->next;
-        if (!mover->read_slot)
-            mover->read_last = &mover->read_slot;
+    bool any = false;
+    struct slot *slot;
+    while ((slot = onboard->read_slot) && has_room(mover) && !mover->broken) {
+        onboard->read_slot = slot->next;
         verify_slot(mover, slot);
         any = true;
         if (skv_now_ns() >= deadline_ns)
             break;
+    }
+    return any;
+}
+
+/* ---- turns ---- */
+
+static bool may_visit(const struct skv_mover *mover, const struct onboard *onboard)
+{
+    bool finding = onboard->stage == STAGE_FINDING && !onboard->cancelled;
+    return onboard->visit != mover->visits && (finding || onboard->read_slot);
+}
+
+bool source_find(struct skv_mover *mover, uint64_t deadline_ns)
+{
+    bool any = collect(mover, deadline_ns);
+    struct onboard *onboard;
+    mover->visits++;
+    while (!mover->broken && (onboard = onboard_next(mover, may_visit))) {
+        onboard->visit = mover->visits;
+        bool moved = verify_some(mover, onboard, deadline_ns);
+        if (onboard->stage == STAGE_FINDING && !onboard->cancelled)
+            moved |= find_some(mover, onboard, deadline_ns);
+        if (moved) /* one who could not goes first when there is room */
+            onboard->turn = ++mover->turns;
+        any |= moved;
+        if (skv_now_ns() >= deadline_ns) {
+            any = true; /* the others may have something to do: no rest before they were asked */
+            break;
+        }
     }
     source_flush(mover);
     return any;

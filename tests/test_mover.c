@@ -242,6 +242,19 @@ Test(mover, a_gate_waits_for_the_jobs_it_comes_after)
     close_bench(&b);
 }
 
+/* Makes a job larger: `count` pages from `first_page` on, its own many times over. */
+static void repeat_pages(struct skv_onboard *job, uint32_t first_page, uint32_t count)
+{
+    uint32_t own = job->move_count;
+    job->moves = realloc(job->moves, count * sizeof *job->moves);
+    for (uint32_t i = 0; i < count; i++) {
+        job->moves[i] = job->moves[i % own];
+        job->moves[i].page = first_page + i;
+    }
+    job->move_count = count;
+    job->state = realloc(job->state, SKV_ONBOARD_STATE_BYTES(count));
+}
+
 Test(mover, jobs_take_turns_so_a_small_one_overtakes_a_large_one)
 {
     struct bench b;
@@ -255,13 +268,7 @@ Test(mover, jobs_take_turns_so_a_small_one_overtakes_a_large_one)
     touch(&b, u, 256, 20);
     touch(&b, v, 32, 20);
     struct skv_onboard *large = onboard_of(&b, u, 256, 20, row_at(&b, 0));
-    large->moves = realloc(large->moves, 400 * sizeof *large->moves);
-    for (uint32_t i = 0; i < 400; i++) { /* the same pages many times over */
-        large->moves[i] = large->moves[i % 8];
-        large->moves[i].page = 20 + i;
-    }
-    large->move_count = 400;
-    large->state = realloc(large->state, SKV_ONBOARD_STATE_BYTES(400));
+    repeat_pages(large, 20, 400);
     struct skv_onboard *small = onboard_of(&b, v, 32, 10, row_at(&b, 1));
     skv_device_delay(b.device, 10000);
     skv_mover_onboard(b.mover, large);
@@ -530,5 +537,94 @@ Test(mover, many_prefetches_leave_a_gated_job_its_snapshot)
         cr_assert(same_user(&b, 20 + i * 10, u, 32));
         free_onboard(jobs[i]);
     }
+    close_bench(&b);
+}
+
+/* Hands in jobs[count] at one time: the mover sees all of them before it moves anything. Returns at
+ * which place in the order of their ends `which` came. */
+static uint32_t place_among(struct bench *b, struct skv_onboard **jobs, uint32_t count,
+                            const struct skv_onboard *which)
+{
+    uint32_t place = count;
+    skv_mover_halt(b->mover);
+    for (uint32_t i = 0; i < count; i++)
+        skv_mover_onboard(b->mover, jobs[i]);
+    cr_assert_eq(skv_mover_resume(b->mover, b->pinner), 0);
+    for (uint32_t i = 0; i < count; i++) {
+        struct skv_mover_event event = next_event(b);
+        cr_assert_eq(event.kind, SKV_MOVER_ONBOARDED);
+        if (event.job == which)
+            place = i;
+    }
+    return place;
+}
+
+Test(mover, a_gated_job_overtakes_prefetches_that_came_before_it)
+{
+    struct bench b;
+    struct user u = user_of(37);
+    struct setup setup = SMALL;
+    struct skv_onboard *jobs[24];
+    setup.staging_pages = 8; /* four pages each way: what they compete for */
+    open_bench(&b, setup);
+    for (uint32_t page = 0; page < 10; page += 2)
+        offload_user(&b, u, page, (page + 2) * 32, page, 0);
+    skv_device_delay(b.device, 20000);
+    for (uint32_t i = 0; i < 24; i++)
+        jobs[i] = onboard_of(&b, u, 320, 20 + i * 10, i == 23 ? row_at(&b, 0) : NULL);
+    uint32_t before = place_among(&b, jobs, 24, jobs[23]);
+    cr_assert_lt(before, 12, "%u prefetches came before it", before);
+    for (uint32_t i = 0; i < 24; i++) {
+        cr_assert(same_user(&b, 20 + i * 10, u, 320));
+        free_onboard(jobs[i]);
+    }
+    close_bench(&b);
+}
+
+/* Two jobs of the same verified pages, 160 MiB each: more than is queued at one time. The first is
+ * a prefetch, the last is gated. Returns the place of the prefetch. */
+static uint32_t place_of_prefetch(bool awaited)
+{
+    struct bench b;
+    struct user u = user_of(38);
+    struct setup setup = pinned(BIG);
+    setup.pool_pages = 180;
+    open_bench(&b, setup);
+    offload_user(&b, u, 0, 320, 0, 0);
+    await_pinner(&b);
+    touch(&b, u, 320, 20);
+    struct skv_onboard *prefetch = onboard_of(&b, u, 320, 20, NULL);
+    struct skv_onboard *between = gates_only(&b, row_at(&b, 0), awaited ? prefetch->id : 0);
+    struct skv_onboard *gated = onboard_of(&b, u, 320, 20, row_at(&b, 1));
+    repeat_pages(prefetch, 20, 160);
+    repeat_pages(gated, 20, 160);
+    struct skv_onboard *jobs[] = {prefetch, between, gated};
+    uint32_t place = place_among(&b, jobs, 3, prefetch);
+    cr_assert(same_page(&b, 179, u, 9, 32));
+    for (uint32_t i = 0; i < 3; i++)
+        free_onboard(jobs[i]);
+    close_bench(&b);
+    return place;
+}
+
+Test(mover, layers_of_a_gated_job_go_before_those_of_a_prefetch_that_nobody_waits_for)
+{
+    cr_assert_eq(place_of_prefetch(false), 2);
+    cr_assert_eq(place_of_prefetch(true), 0, "the first gated job waits for it, they take turns");
+}
+
+Test(mover, a_prefetch_is_not_passed_over_for_ever)
+{
+    struct bench b;
+    struct user u = user_of(39);
+    struct skv_onboard *jobs[600];
+    open_bench(&b, SMALL);
+    offload_user(&b, u, 0, 32, 0, 0);
+    for (uint32_t i = 0; i < 600; i++)
+        jobs[i] = onboard_of(&b, u, 32, 20, i ? row_at(&b, 0) : NULL);
+    uint32_t place = place_among(&b, jobs, 600, jobs[0]);
+    cr_assert_lt(place, 300, "%u gated jobs came before it", place);
+    for (uint32_t i = 0; i < 600; i++)
+        free_onboard(jobs[i]);
     close_bench(&b);
 }
