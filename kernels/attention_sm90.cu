@@ -14,8 +14,7 @@
  *
  * The warpgroups take turns at the tensor cores, one product each: while one computes SiLU, the
  * other multiplies (struct turns). SiLU needs no row statistics, so that is all: no rescaling, and
- * slices of the key range simply add in the kernel that reads the partial sums. An item's output is
- * stored while the first product of the next item runs, where that needs no mask.
+ * slices of the key range simply add in the kernel that reads the partial sums.
  *
  * Masks. Within a tile the keys that a row may see are always one interval, so a mask is one
  * unsigned comparison, and only tiles at an edge pay for it. A warpgroup that needs only one half
@@ -237,20 +236,10 @@ template <int D> struct producer {
         __syncwarp();
     }
 
-    __device__ __forceinline__ void prefetch_maps()
-    {
-        if (lane != 0)
-            return;
-        map_prefetch(&p.pool_k);
-        map_prefetch(&p.pool_v);
-        map_prefetch(&p.m_q);
-        map_prefetch(&p.m_k);
-        map_prefetch(&p.m_v);
-    }
-
     __device__ __forceinline__ void run()
     {
         constexpr int CHUNKS = config<D>::CHUNKS;
+        draft(0);
         for (uint32_t n = 0;; n++) {
             struct item *it = &at.control->item[n & 1];
             barrier_wait(shared_address(&at.control->item_empty[n & 1]), (n >> 1 & 1) ^ 1);
@@ -264,8 +253,8 @@ template <int D> struct producer {
             }
             struct page_window window = {-32, 0};
             /* The ring has two slots to spare beyond a whole tile: they are free before Q is, when
-             * an item ends. The first tile does not wait for m, if it is of pages. */
-            const int q_after = (waited ? min(CHUNKS, 2) : CHUNKS) - 1;
+             * an item ends. The first tile need not wait for m, if it is of pages. */
+            const int q_after = (n == 0 && it->tiles[0] > 0 ? CHUNKS : min(CHUNKS, 2)) - 1;
 #pragma unroll 1
             for (int32_t t = 0; t < it->steps; t++) {
                 struct tile tile = tile_at(it, t);
@@ -337,25 +326,14 @@ __device__ __forceinline__ int32_t uniform(int32_t x)
     return __shfl_sync(~0u, x, 0);
 }
 
-__device__ __forceinline__ void store_pair(void *to, float x, float y, bool valid)
+__device__ __forceinline__ void store_pair(void *to, uint32_t x, uint32_t y, bool valid)
 {
     asm volatile("{\n\t"
                  ".reg .pred valid;\n\t"
                  "setp.ne.b32 valid, %3, 0;\n\t"
-                 "@valid st.global.v2.f32 [%0], {%1, %2};\n\t"
+                 "@valid st.global.v2.b32 [%0], {%1, %2};\n\t"
                  "}" ::"l"(to),
-                 "f"(x), "f"(y), "r"((int)valid)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store_word(void *to, uint32_t x, bool valid)
-{
-    asm volatile("{\n\t"
-                 ".reg .pred valid;\n\t"
-                 "setp.ne.b32 valid, %2, 0;\n\t"
-                 "@valid st.global.b32 [%0], %1;\n\t"
-                 "}" ::"l"(to),
-                 "r"(x), "r"((int)valid)
+                 "r"(x), "r"(y), "r"((int)valid)
                  : "memory");
 }
 
@@ -366,10 +344,6 @@ template <int D> struct consumer {
     uint32_t group, warp, lane; /* warp: in the group */
     uint32_t empty;             /* cluster address of empty[0] of the block of rank lane % 2 */
     struct cursor<D> ring;
-    /* The finished item whose o is still in registers. */
-    char *out;     /* where this thread's first row begins */
-    int32_t below; /* valid rows from that row on */
-    bool whole;    /* of one slice: to be rounded */
 
     __device__ __forceinline__ consumer(const struct parameters &p_, const struct layout<D> &at_,
                                         uint32_t group_, uint32_t warp_, uint32_t lane_)
@@ -408,39 +382,46 @@ template <int D> struct consumer {
         return max(min((int32_t)it->work.rows - it->group_row[group], 64), 0);
     }
 
-    /* Stores the finished item's o. Called while a product is in flight: no branches but uniform
-     * ones. */
-    __device__ __forceinline__ void store(float *o)
+    /* Stores the item's o, four lanes a sector of 32 bytes, and clears it. */
+    __device__ __forceinline__ void store(float *o, const struct item *it)
     {
-        if (whole)
-            store_rounded(o);
-        else
-            store_sums(o);
+        const int32_t row = warp * 16 + lane / 4, below = rows_of(it) - row; /* valid rows */
+        const uint32_t heads = p.heads, column = it->work.head * D;
+        float *to = p.partial + (uint64_t)(it->group_out[group] + row) * heads * D;
+        if (uniform(it->work.slices) == 1) {
+            uint16_t *upper = reinterpret_cast<uint16_t *>(to) + column;
+            upper += lane % 2 * 8 + lane % 4 / 2 * 4;
+            uint16_t *lower = upper + 8 * heads * D * 2;
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                store_rounded(upper + i * 16, o + i * 8, below > 0);
+                store_rounded(lower + i * 16, o + i * 8 + 2, below > 8);
+            }
+        } else {
+            float *upper = to + column + lane % 4 * 2, *lower = upper + 8 * heads * D;
+#pragma unroll
+            for (int i = 0; i < D / 8; i++) {
+                store_sums(upper + i * 8, o + i * 4, below > 0);
+                store_sums(lower + i * 8, o + i * 4 + 2, below > 8);
+            }
+        }
 #pragma unroll
         for (int i = 0; i < D / 2; i++)
             o[i] = 0;
     }
 
-    /* Two floats a time: four lanes fill a sector of 32 bytes. */
-    __device__ __forceinline__ void store_sums(const float *o)
+    __device__ __forceinline__ void store_sums(float *to, const float *o, bool valid)
     {
-        char *lower = out + 8 * p.heads * D * sizeof(float);
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            store_pair(out + i * 32, o[i * 4], o[i * 4 + 1], below > 0);
-            store_pair(lower + i * 32, o[i * 4 + 2], o[i * 4 + 3], below > 8);
-        }
+        store_pair(to, __float_as_uint(o[0]), __float_as_uint(o[1]), valid);
     }
 
-    /* Two bf16 a time: half a sector (registers are too scarce to swap halves with a neighbour). */
-    __device__ __forceinline__ void store_rounded(const float *o)
+    /* Neighbouring lanes swap halves of 16 columns, so that each has four bf16 in a row. */
+    __device__ __forceinline__ void store_rounded(uint16_t *to, const float *o, bool valid)
     {
-        char *lower = out + 8 * p.heads * D * sizeof(float);
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            store_word(out + i * 16, pack_bf16(o[i * 4], o[i * 4 + 1]), below > 0);
-            store_word(lower + i * 16, pack_bf16(o[i * 4 + 2], o[i * 4 + 3]), below > 8);
-        }
+        const bool odd = lane & 1;
+        uint32_t near = pack_bf16(o[0], o[1]), far = pack_bf16(o[4], o[5]);
+        uint32_t other = __shfl_xor_sync(~0u, odd ? near : far, 1);
+        store_pair(to, odd ? other : near, odd ? far : other, valid);
     }
 
     /* Zeroes V rows [from, to) of the tile, all dims. The whole warpgroup; each warpgroup for
@@ -483,11 +464,10 @@ template <int D> struct consumer {
         }
     }
 
-    /* One tile: keys [half * 64, half * 64 + N) of it. `begins`: o is still the last item's, to be
-     * stored. */
+    /* One tile: keys [half * 64, half * 64 + N) of it. */
     template <int N, bool Masked>
     __device__ __forceinline__ void step(float *o, const struct item *it, const struct tile &tile,
-                                         int32_t valid, uint32_t half, bool begins, bool last)
+                                         int32_t valid, uint32_t half, bool last)
     {
         constexpr int CHUNKS = config<D>::CHUNKS, V_KEYS = config<D>::V_KEYS;
         struct cursor<D> k = ring, v = ring.at(CHUNKS);
@@ -506,8 +486,6 @@ template <int D> struct consumer {
         }
         wgmma_commit();
         turn.pass();
-        if (!Masked && begins)
-            store(o);
         wgmma_wait();
         pin<N / 2>(s);
         release(k);
@@ -564,17 +542,10 @@ template <int D> struct consumer {
             o[i] = 0;
         if (group + 1 == WARPGROUPS)
             turn.pass();
-        uint32_t n = 0;
-        for (;; n++) {
+        for (uint32_t n = 0;; n++) {
             const struct item *it = &at.control->item[n & 1];
             barrier_wait(shared_address(&at.control->item_full[n & 1]), n >> 1 & 1);
             int32_t steps = uniform(it->steps);
-            /* The last item's o is stored beside the first product, if that is of whole tiles: for
-             * a masked one registers are too scarce. */
-            struct view first = look(it, tile_at(it, 0), position(it), rows_of(it));
-            bool begins = n > 0 && uniform(!first.masked && first.to > first.from);
-            if (n > 0 && (steps == 0 || !begins))
-                store(o);
             if (steps == 0)
                 break;
             barrier_wait(shared_address(&at.control->q_full[group]), n & 1);
@@ -588,20 +559,14 @@ template <int D> struct consumer {
                 if (to <= from)
                     skip(last);
                 else if (to <= HALF || from >= HALF)
-                    step<HALF, true>(o, it, tile, view.valid, from >= HALF, false, last);
+                    step<HALF, true>(o, it, tile, view.valid, from >= HALF, last);
                 else if (masked)
-                    step<KEYS, true>(o, it, tile, view.valid, 0, false, last);
+                    step<KEYS, true>(o, it, tile, view.valid, 0, last);
                 else
-                    step<KEYS, false>(o, it, tile, view.valid, 0, begins && t == 0, last);
+                    step<KEYS, false>(o, it, tile, view.valid, 0, last);
                 ring.advance(2 * config<D>::CHUNKS);
             }
-            int32_t row = warp * 16 + lane / 4;
-            below = rows_of(it) - row;
-            whole = uniform(it->work.slices) == 1;
-            uint32_t column = (it->work.head * D + lane % 4 * 2) * (whole ? 2 : 4); /* in bytes */
-            out = reinterpret_cast<char *>(p.partial +
-                                           (uint64_t)(it->group_out[group] + row) * p.heads * D) +
-                  column;
+            store(o, it);
             __syncwarp();
             if (lane == 0)
                 barrier_arrive(shared_address(&at.control->item_empty[n & 1]));
@@ -638,18 +603,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         }
         barrier_init_fence();
     }
+    cluster_sync(); /* the other block's barriers are ready too */
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    struct producer<D> producer(p, at, lane);
-    cluster_arrive();
-    if (warp == 0)
-        producer.draft(0);
-    else if (warp == 1)
-        producer.prefetch_maps();
-    cluster_wait(); /* the other block's barriers are ready too */
     if (warp < 4) {
         registers_shrink<PRODUCER_REGISTERS>();
-        if (warp == 0)
+        if (warp == 0) {
+            struct producer<D> producer(p, at, lane);
             producer.run();
+        }
     } else {
         registers_grow<CONSUMER_REGISTERS>();
         struct consumer<D> consumer(p, at, warp / 4 - 1, warp % 4, lane);

@@ -152,13 +152,18 @@ __device__ __forceinline__ void read_item(struct item *it, const struct paramete
 }
 
 /* May the two share their tiles? Neighbouring rows of one head over the same keys; the first may
- * stop earlier only where the mask stops it. */
+ * stop earlier only where the mask stops it. Candidates' own keys are nobody else's: where both
+ * have some, the unit walks more tiles than either alone, which only long items make good. */
 __device__ __forceinline__ bool joins(const struct item *a, const struct item *b)
 {
     const struct hstu_work &x = a->work, &y = b->work;
+    const struct span &own = b->span[2];
+    bool both = a->span[2].end > a->span[2].start;
+    int32_t more = both ? tiles_of({a->span[2].start, own.end}) - tiles_of(own) : 0;
     return x.rows == ROWS && y.rows > 0 && x.sequence == y.sequence && x.head == y.head &&
            y.row0 == x.row0 + ROWS && x.key0 == y.key0 && x.slices == y.slices &&
-           (x.key1 == y.key1 || (x.key1 < y.key1 && (int32_t)x.key1 == first_position(a) + ROWS));
+           (x.key1 == y.key1 || (x.key1 < y.key1 && (int32_t)x.key1 == first_position(a) + ROWS)) &&
+           more * 8 <= b->tiles[1];
 }
 
 __device__ __forceinline__ uint32_t out_of(const struct item *it, int32_t row,

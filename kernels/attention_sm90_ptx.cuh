@@ -66,21 +66,12 @@ __device__ __forceinline__ uint32_t cluster_rank()
     return rank;
 }
 
-/* Every thread of both blocks arrives, then waits; orders their shared memory. */
-__device__ __forceinline__ void cluster_arrive()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait()
-{
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
+/* Every thread of both blocks; orders their shared memory. */
 __device__ __forceinline__ void cluster_sync()
 {
-    cluster_arrive();
-    cluster_wait();
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
 }
 
 /* The address of the same place in the block of this rank. */

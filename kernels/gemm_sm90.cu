@@ -440,12 +440,12 @@ double cost(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count, double onc
 
 double large_cost(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
 {
-    return cost<large>(rows, n, k, sm_count, 6.5, 11.9);
+    return cost<large>(rows, n, k, sm_count, 11.0, 11.9);
 }
 
 double small_cost(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
 {
-    return cost<small>(rows, n, k, sm_count, 3.0, 8.0);
+    return cost<small>(rows, n, k, sm_count, 1.0, 8.0);
 }
 
 } // namespace
