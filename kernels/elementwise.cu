@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(ACTIVATE_THREADS)
     }
 }
 
-/* ---- gate: one block a row ---- */
+/* ---- gate: one block a row, or one warp ---- */
 
 /* The sum over the block; every thread gets it. `shared` [32] may be used again right after. */
 template <int THREADS> __device__ __forceinline__ float block_sum(float x, float *shared)
@@ -187,14 +187,18 @@ __device__ __forceinline__ eight sum_slices(const float4 *o, uint32_t at, uint64
     return e;
 }
 
+constexpr int GATE_WARPS = 4;        /* rows of a block, where a warp has a row */
+constexpr uint32_t MANY_ROWS = 2048; /* their slices are few */
+
 /* Half the threads that fit: the loads in flight need the registers. */
 template <int THREADS, int CHUNKS>
-__global__ void __launch_bounds__(THREADS, CHUNKS > 2 ? 1 : 1024 / THREADS)
+__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
+                                  THREADS == 32 || CHUNKS > 2 ? 1 : 1024 / THREADS)
     gate_kernel(const __grid_constant__ hstu_gate_args a)
 {
     __shared__ float shared[32];
-    const uint32_t row = blockIdx.x;
-    const uint32_t slices = a.slices[row], chunks = a.columns / 8;
+    const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
+    const uint32_t slices = row < a.rows ? a.slices[row] : 0, chunks = a.columns / 8;
     mma::dependency_wait();
     if (slices == 0) /* padding */
         return;
@@ -245,15 +249,15 @@ __global__ void __launch_bounds__(THREADS, CHUNKS > 2 ? 1 : 1024 / THREADS)
 
 /* `early`: its blocks may start while the kernel before it ends. */
 template <typename Args>
-static int launch(void (*kernel)(Args), uint32_t blocks, uint32_t threads, const Args &args,
-                  bool early, void *stream)
+static int launch(void (*kernel)(Args), uint32_t blocks, dim3 threads, const Args &args, bool early,
+                  void *stream)
 {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
+    config.blockDim = threads;
     config.stream = (cudaStream_t)stream;
     config.attrs = &attribute;
     config.numAttrs = early ? 1 : 0;
@@ -279,11 +283,15 @@ int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream)
 {
     const uint32_t chunks = args->columns / 8;
-    const uint32_t threads = chunks <= 32 ? 32 : chunks <= 128 ? 128 : 256;
-    auto kernel = chunks <= 32    ? gate_kernel<32, 1>
-                  : chunks <= 128 ? gate_kernel<128, 1>
+    /* A warp a row waits for no other; a block a row has more loads in flight, which few rows of
+     * many slices need. */
+    if (chunks <= 32 || (chunks <= 128 && args->rows >= MANY_ROWS))
+        return launch(chunks <= 32 ? gate_kernel<32, 1> : gate_kernel<32, 4>,
+                      (args->rows + GATE_WARPS - 1) / GATE_WARPS, dim3(32, GATE_WARPS), *args,
+                      args->early, stream);
+    auto kernel = chunks <= 128   ? gate_kernel<128, 1>
                   : chunks <= 256 ? gate_kernel<256, 1>
                   : chunks <= 512 ? gate_kernel<256, 2>
                                   : gate_kernel<256, 8>;
-    return launch(kernel, args->rows, threads, *args, args->early, stream);
+    return launch(kernel, args->rows, dim3(chunks <= 128 ? 128 : 256), *args, args->early, stream);
 }
