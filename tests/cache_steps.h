@@ -2,7 +2,7 @@
 #ifndef SKV_CACHE_STEPS_H
 #define SKV_CACHE_STEPS_H
 
-#include "cache_workers.h"
+#include "cache_restarts.h"
 
 static inline void setup(uint32_t pages)
 {

@@ -3,7 +3,7 @@
  * world is then shrunk to a short trace.
  *
  * usage: stress_cache [OPERATIONS [SEED]]     200,000 and 1 when left out */
-#include "cache_workers.h"
+#include "cache_restarts.h"
 
 #include <sys/mman.h>
 #include <sys/wait.h>

@@ -2,7 +2,7 @@
  * over three users and two clients, from three beginnings.
  *
  * usage: stress_cache_all [LENGTH]     2 when left out; 4: some minutes */
-#include "cache_workers.h"
+#include "cache_restarts.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
