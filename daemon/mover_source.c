@@ -22,7 +22,7 @@
 #include "hash.h"
 #include "log.h"
 
-#define VISIT_PAGES 256u /* of one job, before the next job has its turn */
+#define VISIT_PAGES 256u /* of one job at most, before the next job has its turn */
 
 /* ---- start and stop ---- */
 
@@ -236,12 +236,19 @@ static void found_all(struct skv_mover *mover, struct onboard *onboard)
     }
 }
 
+/* As many as were found before: the copy engine has those to copy meanwhile, and begins with the
+ * first EARLY_PAGES. */
+static uint32_t visit_pages(uint32_t found)
+{
+    return found < EARLY_PAGES ? EARLY_PAGES : found < VISIT_PAGES ? found : VISIT_PAGES;
+}
+
 static bool find_some(struct skv_mover *mover, struct onboard *onboard, uint64_t deadline_ns)
 {
-    uint32_t before = onboard->found;
+    uint32_t before = onboard->found, most = visit_pages(before);
     int status = 0;
     while (status == 0 && onboard->found < onboard->job->move_count &&
-           onboard->found - before < VISIT_PAGES && has_room(mover)) {
+           onboard->found - before < most && has_room(mover)) {
         status = find_page(mover, onboard, onboard->found);
         if (status == 0)
             onboard->found++;

@@ -282,6 +282,35 @@ Test(mover, jobs_take_turns_so_a_small_one_overtakes_a_large_one)
     close_bench(&b);
 }
 
+Test(mover, the_first_layer_is_being_copied_while_the_last_pages_are_looked_for)
+{
+    struct bench b;
+    struct user u = user_of(40);
+    struct setup setup = pinned(BIG);
+    struct skv_mover_counters before, after;
+    setup.pool_pages = 220;
+    open_bench(&b, setup);
+    offload_user(&b, u, 0, 256, 0, 0);
+    await_pinner(&b);
+    touch(&b, u, 256, 20);
+    struct skv_onboard *job = onboard_of(&b, u, 256, 20, row_at(&b, 0));
+    repeat_pages(job, 20, 200);
+    job->moves[128].index = 8; /* missing: where the search ends, however short its turns were */
+    skv_mover_counters(b.mover, &before);
+    skv_mover_onboard(b.mover, job);
+    expect_event(&b, SKV_MOVER_FAILED, job, SKV_ENOENT);
+    skv_mover_counters(b.mover, &after);
+    uint64_t slices = (after.onboard_in_place_bytes - before.onboard_in_place_bytes) /
+                      skv_slice_bytes(&b.geometry);
+    cr_assert_geq(slices, 64);
+    cr_assert_leq(slices, 128, "of the first layer only, and of pages that were found");
+    cr_assert_eq(row_at(&b, 0)[0], 0, "its gate waits for all of them");
+    skv_mover_cancel(b.mover, job->id, SKV_ELOAD);
+    expect_event(&b, SKV_MOVER_CANCELLED, job, SKV_ELOAD);
+    free_onboard(job);
+    close_bench(&b);
+}
+
 /* ---- cancelling ---- */
 
 /* Exactly one last event; when it is CANCELLED, gates are open and the status is set. */
