@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(THREADS)
             float2 *sums = reinterpret_cast<float2 *>(out + column);
 #pragma unroll
             for (int n = 0; n < D / 8; n++)
-                if (item.slices == 1)
+                if (args.max_slices == 1)
                     rounded[n * 4] = mma::pack(o[n][2 * i], o[n][2 * i + 1]);
                 else
                     sums[n * 4] = make_float2(o[n][2 * i], o[n][2 * i + 1]);

@@ -388,7 +388,7 @@ template <int D> struct consumer {
         const int32_t row = warp * 16 + lane / 4, below = rows_of(it) - row; /* valid rows */
         const uint32_t heads = p.heads, column = it->work.head * D;
         float *to = p.partial + (uint64_t)(it->group_out[group] + row) * heads * D;
-        if (uniform(it->work.slices) == 1) {
+        if (p.rounded) {
             uint16_t *upper = reinterpret_cast<uint16_t *>(to) + column;
             upper += lane % 2 * 8 + lane % 4 / 2 * 4;
             uint16_t *lower = upper + 8 * heads * D * 2;
@@ -708,6 +708,7 @@ int launch(const struct state *state, const struct hstu_attention_args *args, cu
         return status;
     p.batch = args->batch;
     p.partial = args->partial;
+    p.rounded = args->max_slices == 1;
     p.rows = args->rows;
     p.group = args->group;
     p.heads = args->geometry.heads;

@@ -71,6 +71,7 @@ struct parameters {
     CUtensorMap m_q, m_k, m_v, pool_k, pool_v;
     struct hstu_device_batch batch;
     float *partial;
+    bool rounded; /* the output, to bf16 */
     uint32_t rows, group, heads, layer, layers;
     uint32_t page_shift; /* log2 S */
     struct boxes pool;
@@ -161,7 +162,7 @@ __device__ __forceinline__ bool joins(const struct item *a, const struct item *b
     bool both = a->span[2].end > a->span[2].start;
     int32_t more = both ? tiles_of({a->span[2].start, own.end}) - tiles_of(own) : 0;
     return x.rows == ROWS && y.rows > 0 && x.sequence == y.sequence && x.head == y.head &&
-           y.row0 == x.row0 + ROWS && x.key0 == y.key0 && x.slices == y.slices &&
+           y.row0 == x.row0 + ROWS && x.key0 == y.key0 &&
            (x.key1 == y.key1 || (x.key1 < y.key1 && (int32_t)x.key1 == first_position(a) + ROWS)) &&
            more * 8 <= b->tiles[1];
 }

@@ -225,6 +225,7 @@ static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, boo
                                   .columns = hd,
                                   .inverse_n = 1.0f / (float)m->scaling_length,
                                   .eps = m->eps,
+                                  .rounded = hstu_plan_slices(rows) == 1,
                                   .early = c->fusion != HSTU_UVQK_NEVER && rows <= EARLY_ROWS};
     struct hstu_attention_args attention;
     hstu_cuda_attention_args(c, layer, rows, &attention);

@@ -21,8 +21,8 @@ extern "C" {
 /* One block's share of attention: `rows` query rows (at most the path's tile) from local row `row0`
  * of a sequence, one head, keys [key0, key1) by absolute position (in-flight keys included: key t
  * >= cached is local row t - cached). Partial sums go to slice `slice` of the output, every row and
- * every column of the head, even when no key was allowed (zeros then). Sums of a tile of one slice
- * are rounded to bf16, half the traffic: the row's HD columns then fill the first half of its
+ * every column of the head, even when no key was allowed (zeros then). Where there is one plane
+ * only, sums are rounded to bf16, half the traffic: a row's HD columns fill the first half of its
  * place.
  *
  * The slices of one tile partition [0, a1), a1 being one past the tile's last absolute row; key0 is
@@ -36,7 +36,7 @@ struct hstu_work {
     uint32_t row0;
     uint32_t key0, key1;
     uint32_t slice;
-    uint16_t rows, slices;          /* 1 to tile_rows; that the tile has */
+    uint32_t rows;                  /* 1 to tile_rows */
     uint32_t history, cached;       /* h, c */
     uint32_t row_start, page_start; /* the sequence's first query row; its first of `pages` */
     uint32_t next; /* of a unit's first item: the unit after it, or HSTU_WORK_LAST */
@@ -81,8 +81,8 @@ struct hstu_attention_args {
     const void *pool; /* page 0; may be NULL when no sequence has cached tokens */
     uint64_t pool_pages;
     struct hstu_device_batch batch;
-    float *partial;      /* out, [slices][rows][H*D] fp32, or bf16 in half of it, before the
-                            division by N */
+    float *partial;      /* out, [slices][rows][H*D] fp32, before the division by N; bf16 if
+                            max_slices is 1 */
     uint32_t max_slices; /* planes of partial */
     uint32_t sm_count;
     /* May start before the kernel before it ends, where the path can: that kernel then lets its

@@ -28,11 +28,10 @@ enum {
     MIN_STEPS = 2,      /* a target is at least this many key steps */
     /* Time in ticks: a key step of a unit, and what starting and ending a unit adds (Q, the partial
      * sums, what of the pipeline's filling is not hidden behind the unit before). Reading a plane
-     * back in the gate kernel costs 1/5600 step a row and head, half of that where it is the only
-     * one, of bf16. */
+     * back in the gate kernel costs 1/5600 step a row and head. */
     STEP_TICKS = 10,
     UNIT_TICKS = 12,
-    HALF_ROW_STEP_SHARE = 2 * 5600,
+    ROW_STEP_SHARE = 5600,
     FINE_STEPS = 32,    /* targets up to this are tried one by one, longer ones 1/32 apart */
     LENGTHS = 1024,     /* longer units count as if they were this long */
     MOMENTS = 512,      /* of a timeline; a power of two */
@@ -63,9 +62,8 @@ struct neighbours {
     bool joined;
 };
 
-/* A slice of a tile, which has so many. */
 struct cut {
-    uint32_t slice, slices, key0, key1;
+    uint32_t slice, key0, key1;
 };
 
 /* Units by their length in steps. */
@@ -191,15 +189,15 @@ static void count_last_single(struct lengths *l)
     l->single = 0;
 }
 
-/* Counts the units of a sequence by length. Returns what is read back, in half rows of a plane. */
+/* Counts the units of a sequence by length. Returns what is read back, in rows of a plane. */
 static uint32_t count_sequence(const struct shape *s, uint32_t target, uint32_t heads,
                                struct lengths *l)
 {
-    uint32_t half_rows = 0;
+    uint32_t plane_rows = 0;
     for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
         struct neighbours n;
         neighbours_at(s, i, target, &n);
-        half_rows += (n.slices > 1 ? 2 * n.slices : 1) * (n.lower.end - n.upper.first);
+        plane_rows += n.slices * (n.lower.end - n.upper.first);
         for (uint32_t k = 0; k < n.slices; k++) {
             uint32_t steps = unit_steps(s, &n, target, k);
             if (n.joined || s->unit_items == 1)
@@ -208,7 +206,7 @@ static uint32_t count_sequence(const struct shape *s, uint32_t target, uint32_t 
                 count_singles(l, steps, heads);
         }
     }
-    return half_rows;
+    return plane_rows;
 }
 
 /* ---- time ---- */
@@ -297,7 +295,7 @@ static uint32_t choose_target(const struct shape *s, uint32_t graph_rows, uint32
     for (uint32_t target = longest; target >= least && longest > least;
          target -= 1 + (target - 1) / FINE_STEPS) {
         uint64_t reading = count_sequence(s, target, s->heads * copies, &l);
-        reading = reading * copies * s->heads * STEP_TICKS / HALF_ROW_STEP_SHARE;
+        reading = reading * copies * s->heads * STEP_TICKS / ROW_STEP_SHARE;
         count_last_single(&l);
         /* Shorter slices only add to the sum of all units and to what is read back. */
         if (l.ticks / workers + reading >= best_time)
@@ -359,8 +357,7 @@ static struct hstu_work item_of(const struct place *at, const struct tile *t, co
                               .key0 = cut->key0,
                               .key1 = cut->key1,
                               .slice = cut->slice,
-                              .slices = (uint16_t)cut->slices,
-                              .rows = (uint16_t)t->rows,
+                              .rows = t->rows,
                               .history = at->shape->history,
                               .cached = at->shape->cached,
                               .row_start = at->row_start,
@@ -380,8 +377,8 @@ static void put_sequence(const struct place *at, uint32_t target, struct list *t
         for (uint32_t k = 0; k < n.slices; k++) {
             uint32_t steps = unit_steps(s, &n, target, k), key1 = slice_key(s, target, k + 1);
             bool last = k + 1 == n.slices;
-            struct cut upper = {k, n.slices, slice_key(s, target, k), last ? n.upper.end : key1};
-            struct cut lower = {k, n.slices, upper.key0, last ? n.lower.end : key1};
+            struct cut upper = {k, slice_key(s, target, k), last ? n.upper.end : key1};
+            struct cut lower = {k, upper.key0, last ? n.lower.end : key1};
             for (uint32_t head = 0; head < s->heads; head++) {
                 if (n.joined) {
                     struct hstu_work *unit = next_unit(to, steps);

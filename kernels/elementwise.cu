@@ -164,11 +164,11 @@ __device__ __forceinline__ void add_slices(eight &e, const float4 *o, uint64_t p
 }
 
 /* The sum of a row's slices in the order of slices, always: the same bits whoever computed them.
- * `o`: the row; a single slice is bf16 already. */
+ * `o`: the row, of fp32, or of bf16 if that is how sums come. */
 __device__ __forceinline__ eight sum_slices(const float4 *o, uint32_t at, uint64_t plane,
-                                            uint32_t slices)
+                                            uint32_t slices, bool rounded)
 {
-    if (slices == 1)
+    if (rounded)
         return widen(__ldcs(reinterpret_cast<const uint4 *>(o) + at));
     eight e = {};
     o += at * 2;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         uint32_t at = i * THREADS + threadIdx.x;
-        e[i] = at < chunks ? sum_slices(o, at, plane, slices) : eight{};
+        e[i] = at < chunks ? sum_slices(o, at, plane, slices, a.rounded) : eight{};
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             e[i].v[k] *= a.inverse_n;

@@ -161,8 +161,8 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     for (uint32_t r = 0; r < bed->rows; r++)
         for (uint32_t i = 0; i < HD; i++) {
             const float *sums = partial + (uint64_t)r * HD;
-            float sum = slices[r] == 1 ? bf16_to_float(((const uint16_t *)sums)[i]) : 0;
-            for (uint32_t k = 0; slices[r] > 1 && k < slices[r]; k++)
+            float sum = planes == 1 ? bf16_to_float(((const uint16_t *)sums)[i]) : 0;
+            for (uint32_t k = 0; planes > 1 && k < slices[r]; k++)
                 sum += sums[k * plane + i];
             o[(uint64_t)r * HD + i] = sum * args.inverse_n;
         }

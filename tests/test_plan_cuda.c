@@ -130,9 +130,8 @@ static void check_cover(const struct hstu_attention_path *path,
                 next += work[k].slice == w->slice + 1;
         cr_assert_eq(next, w->key1 != end);
         cr_assert_eq(w->slice == 0, w->key0 == 0);
-        cr_assert_eq(w->slice + 1 == w->slices, w->key1 == end);
         for (uint32_t r = w->row_start + w->row0; r < w->row_start + w->row0 + w->rows; r++)
-            cr_assert_eq(w->slices, row_slices[r]);
+            cr_assert_eq(w->slice + 1 == row_slices[r], w->key1 == end);
     }
     cr_assert_eq(covered, wanted);
 }
