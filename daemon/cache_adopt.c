@@ -164,14 +164,16 @@ void skv_reconcile(struct skv_cache *cache, uint32_t owner, const struct skv_rec
         r = residence_at(cache, index);
     }
     uint32_t keep = r && r->pages ? stored_in_common(cache, record, r, hashes) : stored->tokens;
-    if (keep < record->stored) {
+    bool cut = keep < record->stored;
+    if (cut || trimmed) /* what was dropped must not be taken for its own again */
         skv_new_generation(cache, record);
-        skv_cut_stored(cache, owner, keep, r->hash, skv_new_change(cache, keep / size));
-    } else if (trimmed) { /* what was dropped must not be taken for its own again */
-        skv_new_generation(cache, record);
-    } else if (record->generation < generation) {
+    else if (record->generation < generation)
         record->generation = generation;
-    }
+    /* Only its generation tells a stored tail from one of an earlier history: after another
+     * restart, too. */
+    if (cut || (record->stored % size && record->generation > stored->generation))
+        skv_cut_stored(cache, owner, keep, cut ? r->hash : hashes,
+                       skv_new_change(cache, pages_of(cache, keep)));
     if (r) {
         skv_requeue(cache, index);
         skv_settle(cache, index);

@@ -294,6 +294,40 @@ Test(adopt, a_store_that_had_not_heard_of_a_cut_is_cut)
     cr_expect_eq(info_of(1).stored, S, "the page that both have");
 }
 
+/* Or the tail would be taken for that of an earlier history once its page has been filled up. */
+Test(adopt, a_store_that_has_a_tail_hears_of_its_users_new_generation)
+{
+    struct skv_action action;
+    uint64_t told = 0;
+    put(0, valid(1, 0, S, 5));
+    put(1, valid(1, 1, 7, 9)); /* computed again since: the same tokens */
+    open_cache(true);
+    adopt(false);
+    cr_assert_eq(restore(1, S + 7, 5, (uint64_t[]){1000, 1001}), 0);
+    while (!skv_cache_restored(cache, 1))
+        ;
+    while (skv_cache_action(cache, &action))
+        if (action.kind == SKV_ACTION_CHANGE) {
+            struct skv_change *change = action.job;
+            cr_expect_eq(change->kind, SKV_CHANGE_RECORD);
+            cr_expect_eq(change->record.tokens, S + 7);
+            cr_expect_eq(change->hashes[0], 1000);
+            cr_expect_eq(change->hashes[1], 1001);
+            told = change->record.generation;
+            free(change);
+        }
+    cr_assert_geq(told, 9);
+    skv_cache_check(cache);
+    skv_cache_close(cache);
+    put(1, valid(1, 1, S, 9)); /* filled up in place, and killed before that was stored */
+    open_cache(true);
+    adopt(false);
+    cr_assert_eq(restore(1, S + 7, told, (uint64_t[]){1000, 1001}), 0);
+    arrive();
+    cr_expect_eq(info_of(1).resident, 2 * S);
+    cr_expect_eq(info_of(1).stored, S + 7, "what was stored stays stored");
+}
+
 Test(adopt, a_user_loaded_in_part_keeps_the_rest_in_the_store)
 {
     put(0,
