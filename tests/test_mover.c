@@ -610,38 +610,6 @@ Test(mover, a_gated_job_overtakes_prefetches_that_came_before_it)
     close_bench(&b);
 }
 
-/* Two jobs of the same verified pages, 160 MiB each: more than is queued at one time. The first is
- * a prefetch, the last is gated. Returns the place of the prefetch. */
-static uint32_t place_of_prefetch(bool awaited)
-{
-    struct bench b;
-    struct user u = user_of(38);
-    struct setup setup = pinned(BIG);
-    setup.pool_pages = 180;
-    open_bench(&b, setup);
-    offload_user(&b, u, 0, 320, 0, 0);
-    await_pinner(&b);
-    touch(&b, u, 320, 20);
-    struct skv_onboard *prefetch = onboard_of(&b, u, 320, 20, NULL);
-    struct skv_onboard *between = gates_only(&b, row_at(&b, 0), awaited ? prefetch->id : 0);
-    struct skv_onboard *gated = onboard_of(&b, u, 320, 20, row_at(&b, 1));
-    repeat_pages(prefetch, 20, 160);
-    repeat_pages(gated, 20, 160);
-    struct skv_onboard *jobs[] = {prefetch, between, gated};
-    uint32_t place = place_among(&b, jobs, 3, prefetch);
-    cr_assert(same_page(&b, 179, u, 9, 32));
-    for (uint32_t i = 0; i < 3; i++)
-        free_onboard(jobs[i]);
-    close_bench(&b);
-    return place;
-}
-
-Test(mover, layers_of_a_gated_job_go_before_those_of_a_prefetch_that_nobody_waits_for)
-{
-    cr_assert_eq(place_of_prefetch(false), 2);
-    cr_assert_eq(place_of_prefetch(true), 0, "the first gated job waits for it, they take turns");
-}
-
 Test(mover, a_prefetch_is_not_passed_over_for_ever)
 {
     struct bench b;
