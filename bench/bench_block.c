@@ -244,8 +244,7 @@ int main(int argc, char **argv)
         tokens[i] = i * UINT64_C(2654435761);
 
     print_clock();
-    printf("# attention %s, products %s%s; times in us\n", c->path->name,
-           c->fusion != HSTU_UVQK_NEVER ? "fused UVQK, " : "", hstu_gemm_name(c->gemm));
+    printf("# attention %s, products %s; times in us\n", c->path->name, hstu_cuda_products(c));
     printf(
         csv ? "batch,history,new,rows,padding_percent,block,block_p90,gated,pass,launch,"
               "launch_p90,floor,fraction,dense_peer_over,paged_peer_over\n"

@@ -1,6 +1,7 @@
 /* The two big products of a layer: UVQK (rows x 1024 x 4096, + bias) and projection (rows x 1024 x
- * 1024, + residual), for the row counts of the grid. On Hopper also UVQK with activation in one
- * kernel (gemm_sm90.cu, both shapes), beside the pass that activation is otherwise.
+ * 1024, + residual), for the row counts of the grid. On Hopper also with what is fused to them
+ * (uvqk_sm90.cu, project_sm90.cu), for every shape of tiles, beside the passes that norm,
+ * activation and gate are otherwise.
  *
  *   bench_gemm [--tune] [--choices N]
  *
@@ -16,7 +17,7 @@
 #include "cuda_reference.h"
 #include "cuda_state.h"
 
-enum { E = 1024, LAYERS = 8, REPEATS = 5, WORKSPACE = 32 << 20, MOST_ROWS = 34816 };
+enum { E = 1024, HEADS = 4, LAYERS = 8, REPEATS = 5, WORKSPACE = 32 << 20, MOST_ROWS = 34816 };
 
 /* Of bench_block's cells. */
 static const uint32_t grid_rows[] = {384,  512,  768,  1024,  1280,  1536,  2048,
@@ -25,8 +26,12 @@ static const uint32_t grid_rows[] = {384,  512,  768,  1024,  1280,  1536,  2048
 
 static cudaStream_t stream;
 static cudaEvent_t before, after;
-static char *a, *b, *bias, *out;
+static char *a, *b, *bias, *out, *x;
+static float *partial;
+static struct hstu_moments *moments, *new_moments;
+static struct hstu_fold *fold;
 static uint32_t *no_slots, *all_rows; /* [MOST_ROWS] */
+static uint8_t *one_slice;            /* [MOST_ROWS] */
 static int sm_count, major;
 
 static void check(int status, const char *what)
@@ -80,44 +85,98 @@ static double time_plan(struct hstu_gemm_plan *plan, enum hstu_product product, 
     return replay();
 }
 
-/* UVQK in one kernel, or with `shape` ANY the activation pass alone. */
-static double time_fused(uint32_t rows, uint32_t n, enum hstu_uvqk_shape shape)
+static const struct skv_geometry geometry = {LAYERS, HEADS, E / HEADS, 32};
+
+static void uvqk(uint32_t layer, uint32_t rows, enum hstu_tiles tiles)
 {
-    const struct skv_geometry geometry = {LAYERS, n / 4 / 256, 256, 32};
-    begin();
-    for (uint32_t l = 0; l < LAYERS; l++) {
-        struct hstu_uvqk_args fused = {.a = a,
-                                       .b = b + (uint64_t)l * E * n * 2,
-                                       .bias = bias,
-                                       .m = out,
-                                       .slot = no_slots,
-                                       .geometry = geometry,
-                                       .rows = rows,
-                                       .n = n,
-                                       .k = E,
-                                       .sm_count = (uint32_t)sm_count,
-                                       .shape = shape};
-        struct hstu_activate_args activate = {.row_sequence = all_rows,
-                                              .slot = no_slots,
-                                              .m = out,
-                                              .geometry = geometry,
-                                              .rows = rows};
-        check(shape == HSTU_UVQK_ANY ? hstu_launch_activate(&activate, stream)
-                                     : hstu_launch_uvqk_sm90(&fused, stream),
-              "UVQK");
-    }
-    return replay();
+    struct hstu_uvqk_args args = {.x = a,
+                                  .b = b + (uint64_t)layer * E * 4 * E * 2,
+                                  .moments = moments,
+                                  .fold = fold,
+                                  .m = out,
+                                  .slot = no_slots,
+                                  .geometry = geometry,
+                                  .rows = rows,
+                                  .n = 4 * E,
+                                  .k = E,
+                                  .parts = HEADS,
+                                  .sm_count = (uint32_t)sm_count,
+                                  .eps = 1e-5f,
+                                  .early = true,
+                                  .tiles = tiles};
+    check(hstu_launch_uvqk_sm90(&args, stream), "UVQK");
 }
 
-static void fused_shape(uint32_t rows, uint32_t n)
+static void project(uint32_t layer, uint32_t rows, enum hstu_tiles tiles)
 {
-    double pass = time_fused(rows, n, HSTU_UVQK_ANY), flop = 2.0 * rows * n * E;
-    printf("%-10s %6u %5u ", "fused", rows, n);
-    for (enum hstu_uvqk_shape s = HSTU_UVQK_LARGE; s <= HSTU_UVQK_SMALL; s++) {
-        double us = time_fused(rows, n, s);
-        printf("%9.1f %8.0f ", us, flop / us / 1e6);
-    }
-    printf("(large, small tiles; activation alone %.1f)\n", pass);
+    struct hstu_project_args args = {.y = a,
+                                     .b = b + (uint64_t)layer * E * E * 2,
+                                     .x = x,
+                                     .moments = new_moments,
+                                     .rows = rows,
+                                     .n = E,
+                                     .k = E,
+                                     .sm_count = (uint32_t)sm_count,
+                                     .early = true,
+                                     .tiles = tiles};
+    check(hstu_launch_project_sm90(&args, stream), "projection");
+}
+
+static void norm(uint32_t rows)
+{
+    struct hstu_norm_args args = {.row_sequence = all_rows,
+                                  .x = x,
+                                  .weight = bias,
+                                  .bias = bias,
+                                  .out = a,
+                                  .rows = rows,
+                                  .columns = E,
+                                  .eps = 1e-5f};
+    check(hstu_launch_norm(&args, stream), "norm");
+}
+
+static void activate(uint32_t rows)
+{
+    struct hstu_activate_args args = {.row_sequence = all_rows,
+                                      .slot = no_slots,
+                                      .m = out,
+                                      .geometry = geometry,
+                                      .rows = rows};
+    check(hstu_launch_activate(&args, stream), "activation");
+}
+
+/* Of sums of one slice. */
+static void gate(uint32_t rows)
+{
+    struct hstu_gate_args args = {.slices = one_slice,
+                                  .partial = partial,
+                                  .m = out,
+                                  .weight = bias,
+                                  .bias = bias,
+                                  .y = a,
+                                  .rows = rows,
+                                  .columns = E,
+                                  .inverse_n = 1.0f / 4352,
+                                  .eps = 1e-5f,
+                                  .rounded = true};
+    check(hstu_launch_gate(&args, stream), "gate");
+}
+
+#define TIME(call)                                                                                 \
+    (begin(), ({                                                                                   \
+         for (uint32_t l = 0; l < LAYERS; l++)                                                     \
+             call;                                                                                 \
+     }),                                                                                           \
+     replay())
+
+static void fused_shapes(uint32_t rows)
+{
+    printf("fused UVQK %6u: large %.1f, small %.1f; norm alone %.1f, activation %.1f\n", rows,
+           TIME(uvqk(l, rows, HSTU_TILES_LARGE)), TIME(uvqk(l, rows, HSTU_TILES_SMALL)),
+           TIME(norm(rows)), TIME(activate(rows)));
+    printf("fused projection %6u: large %.1f, medium %.1f, small %.1f; gate alone %.1f\n", rows,
+           TIME(project(l, rows, HSTU_TILES_LARGE)), TIME(project(l, rows, HSTU_TILES_MEDIUM)),
+           TIME(project(l, rows, HSTU_TILES_SMALL)), TIME(gate(rows)));
 }
 
 static void shape(struct hstu_gemm *gemm, enum hstu_product product, uint32_t rows, uint32_t n,
@@ -179,6 +238,15 @@ int main(int argc, char **argv)
     check_cuda(cudaMalloc((void **)&out, (uint64_t)MOST_ROWS * 4 * E * 2));
     check_cuda(cudaMalloc((void **)&no_slots, MOST_ROWS * 4));
     check_cuda(cudaMalloc((void **)&all_rows, MOST_ROWS * 4));
+    check_cuda(cudaMalloc((void **)&one_slice, MOST_ROWS));
+    check_cuda(cudaMalloc((void **)&x, (uint64_t)MOST_ROWS * E * 2));
+    check_cuda(cudaMalloc((void **)&partial, (uint64_t)MOST_ROWS * E * 4));
+    check_cuda(cudaMalloc((void **)&moments, MOST_ROWS * HEADS * sizeof *moments));
+    check_cuda(cudaMalloc((void **)&new_moments, MOST_ROWS * (E / 64) * sizeof *moments));
+    check_cuda(cudaMalloc((void **)&fold, 4 * E * sizeof *fold));
+    check_cuda(cudaMemset(one_slice, 1, MOST_ROWS));
+    check_cuda(cudaMemset(moments, 0, MOST_ROWS * HEADS * sizeof *moments));
+    check_cuda(cudaMemset(fold, 0, 4 * E * sizeof *fold));
     check_cuda(cudaMemset(no_slots, 0xff, MOST_ROWS * 4));
     check_cuda(cudaMemset(all_rows, 0, MOST_ROWS * 4));
     check_cuda(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, 0));
@@ -186,6 +254,8 @@ int main(int argc, char **argv)
     check(cuda_fill_random(a, (uint64_t)MOST_ROWS * E, 1, -1, 1), "random");
     check(cuda_fill_random(b, (uint64_t)LAYERS * E * 4 * E, 2, -0.1f, 0.1f), "random");
     check(cuda_fill_random(bias, 4 * E, 3, -1, 1), "random");
+    check(cuda_fill_random(x, (uint64_t)MOST_ROWS * E, 5, -1, 1), "random");
+    check(cuda_fill_random(partial, (uint64_t)MOST_ROWS * E * 2, 6, -1, 1), "random");
     check(cuda_fill_random(out, (uint64_t)MOST_ROWS * 4 * E, 4, -1, 1), "random");
     check(hstu_gemm_open(workspace, WORKSPACE, &gemm), "opening");
     if (!tune)
@@ -194,9 +264,9 @@ int main(int argc, char **argv)
                hstu_gemm_name(gemm));
     for (size_t i = 0; i < sizeof grid_rows / sizeof *grid_rows; i++) {
         shape(gemm, HSTU_PRODUCT_BIAS, grid_rows[i], 4 * E, choices, tune);
-        if (major == 9 && !tune)
-            fused_shape(grid_rows[i], 4 * E);
         shape(gemm, HSTU_PRODUCT_RESIDUAL, grid_rows[i], E, choices, tune);
+        if (major == 9 && !tune)
+            fused_shapes(grid_rows[i]);
     }
     hstu_gemm_close(gemm);
     return 0;

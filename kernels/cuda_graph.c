@@ -2,8 +2,11 @@
  * first needed (a few milliseconds), launched with one call ever after. Batch and lengths are data
  * behind fixed addresses; only the number of rows is in the graph.
  *
- *   pull -> L x { [gate l] -> norm -> UVQK (-> activate) -> attention -> gate -> projection } ->
- * head
+ *   pull -> L x { [gate l] -> norm -> UVQK -> activate -> attention -> gate -> projection } -> head
+ *
+ * or, fused (uvqk_sm90.cu, project_sm90.cu),
+ *
+ *   pull -> moments -> L x { [gate l] -> UVQK -> attention -> gate -> projection } -> head
  *
  * The waits form a branch of their own, which runs ahead while the layers compute. On Hopper a
  * kernel of one wave may start while the one before it ends (programmatic dependent launch): it
@@ -155,58 +158,81 @@ static int enqueue_gate(struct hstu_cuda *c, uint32_t layer, bool gated)
     return hstu_cuda_check(cudaStreamWaitEvent(c->stream, c->joined[layer], 0), "joining a gate");
 }
 
-/* Is UVQK one kernel in graphs of this size? */
-static bool is_fused(const struct hstu_cuda *c, uint32_t rows)
-{
-    if (c->fusion != HSTU_UVQK_WHERE_IT_PAYS)
-        return c->fusion == HSTU_UVQK_ALWAYS;
-    return hstu_uvqk_sm90_pays(rows, 4 * c->model.geometry.heads * c->model.geometry.head_dim,
-                               c->model.embed, (uint32_t)c->sm_count);
-}
-
-/* m = SiLU(normed W + b), K and V to pages: one kernel on Hopper, else a product and a pass. */
-static int enqueue_uvqk(struct hstu_cuda *c, uint32_t rows, uint32_t layer,
-                        struct hstu_gemm_plan *plan)
+/* y for the projection: u * LN(sums of slices / N). */
+static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
 {
     const struct hstu_cuda_arena *a = &c->arena;
     const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
-    struct hstu_uvqk_args fused = {
-        .a = a->normed,
-        .b = w->uvqk,
-        .bias = w->uvqk_bias,
-        .m = a->m,
-        .pool = c->append_pool,
-        .slot = a->slot,
-        .geometry = c->model.geometry,
-        .layer = layer,
-        .rows = rows,
-        .n = 4 * c->model.geometry.heads * c->model.geometry.head_dim,
-        .k = c->model.embed,
-        .sm_count = (uint32_t)c->sm_count,
-        .early = true,
-    };
-    struct hstu_activate_args activate = {
-        .row_sequence = a->row_sequence,
-        .slot = a->slot,
-        .m = a->m,
-        .pool = c->append_pool,
-        .geometry = c->model.geometry,
-        .rows = rows,
-        .layer = layer,
-    };
-    if (is_fused(c, rows))
-        return hstu_launch_uvqk_sm90(&fused, c->stream);
-    int status = hstu_gemm_run(plan, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream);
-    return status == SKV_OK ? hstu_launch_activate(&activate, c->stream) : status;
+    struct hstu_gate_args gate = {.slices = a->slices,
+                                  .partial = a->partial,
+                                  .m = a->m,
+                                  .weight = w->ln2_weight,
+                                  .bias = w->ln2_bias,
+                                  .y = a->normed,
+                                  .rows = rows,
+                                  .columns = c->model.geometry.heads * c->model.geometry.head_dim,
+                                  .inverse_n = 1.0f / (float)c->model.scaling_length,
+                                  .eps = c->model.eps,
+                                  .rounded = hstu_plan_slices(rows) == 1,
+                                  .early = c->fused && rows <= EARLY_ROWS};
+    return hstu_launch_gate(&gate, c->stream);
 }
 
-static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated,
-                         struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
+/* A layer of four kernels: the first norm, activation and the residual are parts of the products. */
+static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
 {
     const struct hstu_model *m = &c->model;
     const struct hstu_cuda_arena *a = &c->arena;
     const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
     const uint32_t hd = m->geometry.heads * m->geometry.head_dim;
+    struct hstu_attention_args attention;
+    hstu_cuda_attention_args(c, layer, rows, &attention);
+    attention.early = true;
+    struct hstu_project_args project = {.y = a->normed,
+                                        .b = w->projection,
+                                        .x = a->x,
+                                        .moments = a->x_moments,
+                                        .rows = rows,
+                                        .n = m->embed,
+                                        .k = hd,
+                                        .sm_count = (uint32_t)c->sm_count,
+                                        .early = true};
+    struct hstu_moments_args moments = {.row_sequence = a->row_sequence,
+                                        .x = a->x,
+                                        .out = a->x_moments,
+                                        .rows = rows,
+                                        .columns = m->embed};
+    struct hstu_uvqk_args uvqk = {.x = a->x,
+                                  .b = w->uvqk,
+                                  .moments = a->x_moments,
+                                  .fold = w->fold,
+                                  .m = a->m,
+                                  .pool = c->append_pool,
+                                  .slot = a->slot,
+                                  .geometry = m->geometry,
+                                  .layer = layer,
+                                  .rows = rows,
+                                  .n = 4 * hd,
+                                  .k = m->embed,
+                                  .parts = layer ? hstu_project_sm90_parts(&project) : 1,
+                                  .sm_count = (uint32_t)c->sm_count,
+                                  .eps = m->eps,
+                                  .early = true};
+    int status = layer ? SKV_OK : hstu_launch_moments(&moments, c->stream);
+    if (status != SKV_OK || (status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
+        (status = c->path->launch(c->path_state, &attention, c->stream)) != SKV_OK ||
+        (status = enqueue_y(c, rows, layer)) != SKV_OK)
+        return status;
+    return hstu_launch_project_sm90(&project, c->stream);
+}
+
+/* The same in six kernels. */
+static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer,
+                         struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
+{
+    const struct hstu_model *m = &c->model;
+    const struct hstu_cuda_arena *a = &c->arena;
+    const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
     struct hstu_norm_args norm = {.row_sequence = a->row_sequence,
                                   .x = a->x,
                                   .weight = w->ln1_weight,
@@ -215,28 +241,22 @@ static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, boo
                                   .rows = rows,
                                   .columns = m->embed,
                                   .eps = m->eps};
-    struct hstu_gate_args gate = {.slices = a->slices,
-                                  .partial = a->partial,
-                                  .m = a->m,
-                                  .weight = w->ln2_weight,
-                                  .bias = w->ln2_bias,
-                                  .y = a->normed,
-                                  .rows = rows,
-                                  .columns = hd,
-                                  .inverse_n = 1.0f / (float)m->scaling_length,
-                                  .eps = m->eps,
-                                  .rounded = hstu_plan_slices(rows) == 1,
-                                  .early = c->fusion != HSTU_UVQK_NEVER && rows <= EARLY_ROWS};
+    struct hstu_activate_args activate = {.row_sequence = a->row_sequence,
+                                          .slot = a->slot,
+                                          .m = a->m,
+                                          .pool = c->append_pool,
+                                          .geometry = m->geometry,
+                                          .rows = rows,
+                                          .layer = layer};
     struct hstu_attention_args attention;
     hstu_cuda_attention_args(c, layer, rows, &attention);
-    attention.early = true;
-
     int status;
-    if ((status = enqueue_gate(c, layer, gated)) != SKV_OK ||
-        (status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
-        (status = enqueue_uvqk(c, rows, layer, uvqk)) != SKV_OK ||
+    if ((status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
+        (status = hstu_gemm_run(uvqk, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream)) !=
+            SKV_OK ||
+        (status = hstu_launch_activate(&activate, c->stream)) != SKV_OK ||
         (status = c->path->launch(c->path_state, &attention, c->stream)) != SKV_OK ||
-        (status = hstu_launch_gate(&gate, c->stream)) != SKV_OK)
+        (status = enqueue_y(c, rows, layer)) != SKV_OK)
         return status;
     return hstu_gemm_run(projection, a->normed, w->projection, NULL, a->x, c->stream);
 }
@@ -277,8 +297,12 @@ static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
             "resetting the counters");
     else if (status == SKV_OK)
         status = enqueue_pull(c, rows);
-    for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++)
-        status = enqueue_layer(c, rows, l, gated, uvqk, projection);
+    for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++) {
+        status = enqueue_gate(c, l, gated);
+        if (status == SKV_OK)
+            status = c->fused ? enqueue_fused_layer(c, rows, l)
+                              : enqueue_layer(c, rows, l, uvqk, projection);
+    }
     return status == SKV_OK && !block ? enqueue_head(c, rows) : status;
 }
 
@@ -326,9 +350,9 @@ int hstu_cuda_graph(struct hstu_cuda *c, uint32_t graph_rows, uint32_t instance,
     size_t before = 0, after = 0, total;
     cudaMemGetInfo(&before, &total);
     int status = SKV_OK;
-    if (!is_fused(c, graph_rows))
+    if (!c->fused)
         status = hstu_gemm_plan(c->gemm, HSTU_PRODUCT_BIAS, graph_rows, 4 * hd, m->embed, &uvqk);
-    if (status == SKV_OK)
+    if (!c->fused && status == SKV_OK)
         status =
             hstu_gemm_plan(c->gemm, HSTU_PRODUCT_RESIDUAL, graph_rows, m->embed, hd, &projection);
     if (status == SKV_OK)

@@ -56,6 +56,20 @@ struct hstu_norm_args {
 };
 int hstu_launch_norm(const struct hstu_norm_args *args, void *stream);
 
+/* Of `width` values: their mean, and the sum of the squares of how far each is from it. */
+struct hstu_moments {
+    float mean, square;
+};
+
+/* The moments of each row's values, for a norm that comes with the product after it. */
+struct hstu_moments_args {
+    const uint32_t *row_sequence;
+    const void *x; /* [rows][columns], columns <= 2048 */
+    struct hstu_moments *out; /* [rows] */
+    uint32_t rows, columns;
+};
+int hstu_launch_moments(const struct hstu_moments_args *args, void *stream);
+
 /* m = SiLU(m) in place, and K and V of rows that have a slot to their page. m [rows][4HD]. */
 struct hstu_activate_args {
     const uint32_t *row_sequence, *slot;
@@ -116,24 +130,45 @@ struct hstu_product_args {
 int hstu_launch_product(enum hstu_product product, const struct hstu_product_args *args,
                         void *stream);
 
-/* ---- UVQK in one kernel (gemm_sm90.cu): compute capability 9.0 ---- */
+/* ---- the two products of a layer (uvqk_sm90.cu, project_sm90.cu): compute capability 9.0 ----
+ *
+ * Rows of padding are computed like any other; what comes of them is in their own rows. */
 
-enum hstu_uvqk_shape { HSTU_UVQK_ANY, HSTU_UVQK_LARGE, HSTU_UVQK_SMALL };
+enum hstu_tiles { HSTU_TILES_ANY, HSTU_TILES_LARGE, HSTU_TILES_MEDIUM, HSTU_TILES_SMALL };
 
-/* What HSTU_PRODUCT_BIAS and activate do together. a [rows][k], b [k][n], m [rows][n], n = 4HD.
- * Rows of padding are computed like any other. */
+/* m = SiLU(LN(x) W + bias), and K and V of rows that have a slot to their page. x [rows][k], b
+ * [k][n], m [rows][n], n = 4HD. Where the norm has weight w and bias v, b is W with row i times
+ * w[i]; of column j, fold has the sum of b and bias[j] + sum over i of v[i] W[i][j]. */
+struct hstu_fold {
+    float sum, bias;
+};
 struct hstu_uvqk_args {
-    const void *a, *b, *bias;
+    const void *x, *b;
+    const struct hstu_moments *moments; /* [rows][parts], each of k / parts columns of x */
+    const struct hstu_fold *fold;       /* [n] */
     void *m, *pool;
     const uint32_t *slot;
     struct skv_geometry geometry;
-    uint32_t layer, rows, n, k, sm_count;
-    bool early;                 /* may start while the norm before it ends */
-    enum hstu_uvqk_shape shape; /* of the tiles; for tests */
+    uint32_t layer, rows, n, k, parts, sm_count;
+    float eps;
+    bool early;            /* may start while the kernel before it ends */
+    enum hstu_tiles tiles; /* for tests: large or small */
 };
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream);
-/* Is it faster than cuBLASLt and a pass? */
-bool hstu_uvqk_sm90_pays(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count);
+
+/* x += y b, and the moments of x's new values. y [rows][k], b [k][n], x [rows][n]; k and n multiples
+ * of 64, for large tiles n of 256, for medium ones of 128. */
+struct hstu_project_args {
+    const void *y, *b;
+    void *x;
+    struct hstu_moments *moments; /* out, [rows][parts] */
+    uint32_t rows, n, k, sm_count;
+    bool early;
+    enum hstu_tiles tiles; /* for tests */
+};
+int hstu_launch_project_sm90(const struct hstu_project_args *args, void *stream);
+/* How many parts the moments have. */
+uint32_t hstu_project_sm90_parts(const struct hstu_project_args *args);
 
 #ifdef __cplusplus
 }

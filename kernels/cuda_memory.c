@@ -3,6 +3,7 @@
  * cudaMalloc, no managed memory. */
 #include "cuda_state.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "log.h"
@@ -41,6 +42,7 @@ static void carve_weights(struct hstu_cuda *c, struct carver *at)
         k->ln1_bias = carve(at, E * 2);
         k->uvqk = carve(at, E * 4 * HD * 2);
         k->uvqk_bias = carve(at, 4 * HD * 2);
+        k->fold = carve(at, c->fused ? 4 * HD * sizeof *k->fold : 0);
         k->ln2_weight = carve(at, HD * 2);
         k->ln2_bias = carve(at, HD * 2);
         k->projection = carve(at, HD * E * 2);
@@ -58,6 +60,33 @@ static cudaError_t upload(void *to, const uint16_t *from, uint64_t count)
     return cudaMemcpy(to, from, count * 2, cudaMemcpyHostToDevice);
 }
 
+/* UVQK's weights with the norm before it folded in, as struct hstu_uvqk_args says. */
+static cudaError_t upload_folded(const struct hstu_layer_weights *from, uint64_t rows,
+                                 uint64_t columns, struct hstu_cuda_layer *to)
+{
+    uint16_t *folded = malloc(rows * columns * sizeof *folded);
+    struct hstu_fold *fold = calloc(columns, sizeof *fold);
+    cudaError_t e = folded && fold ? cudaSuccess : cudaErrorMemoryAllocation;
+    for (uint64_t j = 0; e == cudaSuccess && j < columns; j++)
+        fold[j].bias = bf16_to_float(from->uvqk_bias[j]);
+    for (uint64_t i = 0; e == cudaSuccess && i < rows; i++) {
+        const float weight = bf16_to_float(from->ln1_weight[i]);
+        const float bias = bf16_to_float(from->ln1_bias[i]);
+        const uint16_t *row = from->uvqk + i * columns;
+        for (uint64_t j = 0; j < columns; j++) {
+            const float w = bf16_to_float(row[j]);
+            folded[i * columns + j] = bf16_from_float(weight * w);
+            fold[j].sum += bf16_to_float(folded[i * columns + j]);
+            fold[j].bias += bias * w;
+        }
+    }
+    if (e == cudaSuccess && (e = upload(to->uvqk, folded, rows * columns)) == 0)
+        e = cudaMemcpy(to->fold, fold, columns * sizeof *fold, cudaMemcpyHostToDevice);
+    free(fold);
+    free(folded);
+    return e;
+}
+
 static cudaError_t upload_all(struct hstu_cuda *c)
 {
     const struct hstu_model *m = &c->model;
@@ -70,7 +99,8 @@ static cudaError_t upload_all(struct hstu_cuda *c)
         const struct hstu_layer_weights *f = &from->layer[l];
         if ((e = upload(k->ln1_weight, f->ln1_weight, E)) == 0 &&
             (e = upload(k->ln1_bias, f->ln1_bias, E)) == 0 &&
-            (e = upload(k->uvqk, f->uvqk, E * 4 * HD)) == 0 &&
+            (e = c->fused ? upload_folded(f, E, 4 * HD, k)
+                          : upload(k->uvqk, f->uvqk, E * 4 * HD)) == 0 &&
             (e = upload(k->uvqk_bias, f->uvqk_bias, 4 * HD)) == 0 &&
             (e = upload(k->ln2_weight, f->ln2_weight, HD)) == 0 &&
             (e = upload(k->ln2_bias, f->ln2_bias, HD)) == 0)
@@ -120,10 +150,11 @@ static void carve_arena(struct hstu_cuda *c, struct carver *at)
     a->m = carve(at, m_bytes > hidden_bytes ? m_bytes : hidden_bytes);
     a->hidden = a->m;
     a->partial = carve(at, partial_rows(c->arena_rows) * HD * 4);
+    a->x_moments = carve(at, c->fused ? rows * (E / 64) * sizeof *a->x_moments : 0);
     a->candidate_row = carve(at, rows * 4);
     a->inverse_norm = carve(at, rows * 4);
-    a->workspace_bytes = WORKSPACE_BYTES;
-    a->workspace = carve(at, WORKSPACE_BYTES);
+    a->workspace_bytes = c->fused ? 0 : WORKSPACE_BYTES;
+    a->workspace = carve(at, a->workspace_bytes);
 }
 
 int hstu_cuda_poison(struct hstu_cuda *c)

@@ -29,11 +29,8 @@ const struct hstu_attention_path *hstu_attention_choose(int major, int minor)
     return NULL;
 }
 
-enum hstu_uvqk_fusion hstu_uvqk_choose(int major, int minor)
+bool hstu_products_fused(const struct hstu_attention_path *path)
 {
-    const char *kernels = getenv("HSTU_KERNELS"), *uvqk = getenv("HSTU_UVQK");
-    if (major != 9 || minor != 0 || (kernels && strcmp(kernels, "portable") == 0) ||
-        (uvqk && strcmp(uvqk, "cublaslt") == 0))
-        return HSTU_UVQK_NEVER;
-    return uvqk && strcmp(uvqk, "fused") == 0 ? HSTU_UVQK_ALWAYS : HSTU_UVQK_WHERE_IT_PAYS;
+    const char *products = getenv("HSTU_PRODUCTS");
+    return path == &hstu_attention_sm90 && !(products && strcmp(products, "cublaslt") == 0);
 }

@@ -25,7 +25,6 @@
 enum {
     PLANE_ROWS = 32768, /* rows of partial sums that all planes of a graph may have together */
     MAX_SLICES = 16,    /* a slice of 4096 keys / 16 is 256: shorter ones are mostly overhead */
-    MIN_STEPS = 2,      /* a target is at least this many key steps */
     /* Time in ticks: a key step of a unit, and what starting and ending a unit adds (Q, the partial
      * sums, what of the pipeline's filling is not hidden behind the unit before). Reading a plane
      * back in the gate kernel costs 1/5600 step a row and head. */
@@ -288,7 +287,7 @@ static uint32_t choose_target(const struct shape *s, uint32_t graph_rows, uint32
 {
     struct tile last = tile_at(s, s->tiles - 1);
     uint32_t longest = max_u32(last.history_steps, 1), best = longest;
-    uint32_t least = max_u32(divide_up(longest, max_slices), MIN_STEPS);
+    uint32_t least = divide_up(longest, max_slices);
     uint32_t copies = graph_rows / s->rows;
     uint64_t best_time = UINT64_MAX;
     struct lengths l = {.longest = 0};

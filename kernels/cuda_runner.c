@@ -111,7 +111,7 @@ static int prepare(struct hstu_cuda *c)
     c->path = hstu_attention_choose(major, minor);
     if (!c->path)
         return SKV_ENOTSUP;
-    c->fusion = hstu_uvqk_choose(major, minor);
+    c->fused = hstu_products_fused(c->path);
     c->arena_rows = hstu_cuda_graph_rows(c->max_rows, &index);
     c->page_capacity = page_capacity(c);
     c->work_capacity = 0;
@@ -128,8 +128,10 @@ static int prepare(struct hstu_cuda *c)
             return status;
         c->gate_address = (uintptr_t)address;
     }
-    if ((status = streams_open(c)) != SKV_OK || (status = hstu_cuda_memory_open(c)) != SKV_OK ||
-        (status = hstu_gemm_open(c->arena.workspace, c->arena.workspace_bytes, &c->gemm)) != SKV_OK)
+    if ((status = streams_open(c)) != SKV_OK || (status = hstu_cuda_memory_open(c)) != SKV_OK)
+        return status;
+    if (!c->fused && (status = hstu_gemm_open(c->arena.workspace, c->arena.workspace_bytes,
+                                              &c->gemm)) != SKV_OK)
         return status;
     struct hstu_attention_args args;
     hstu_cuda_attention_args(c, 0, c->arena_rows, &args);
@@ -169,10 +171,9 @@ static int cuda_open(const struct hstu_runner_options *o, void **state)
     uint64_t asked = c->arena.bytes + c->on_device.bytes;
     c->context_bytes = before > after + asked ? before - after - asked : 0;
     skv_info(
-        "cuda:%d, %d multiprocessors, attention %s, products %s%s, weights %.2f GiB, arena %.2f "
+        "cuda:%d, %d multiprocessors, attention %s, products %s, weights %.2f GiB, arena %.2f "
         "GiB",
-        c->ordinal, c->sm_count, c->path->name, c->fusion != HSTU_UVQK_NEVER ? "fused UVQK, " : "",
-        hstu_gemm_name(c->gemm), (double)c->on_device.bytes / (1 << 30),
+        c->ordinal, c->sm_count, c->path->name, hstu_cuda_products(c), (double)c->on_device.bytes / (1 << 30),
         (double)c->arena.bytes / (1 << 30));
     *state = c;
     return SKV_OK;

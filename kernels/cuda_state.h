@@ -14,9 +14,10 @@
 #include "cuda_paths.h"
 #include "layers.h"
 
-/* One layer's weights on the device. */
+/* One layer's weights on the device. Fused: the first norm and the bias are in uvqk and fold. */
 struct hstu_cuda_layer {
     void *ln1_weight, *ln1_bias, *uvqk, *uvqk_bias, *ln2_weight, *ln2_bias, *projection;
+    struct hstu_fold *fold;
 };
 
 struct hstu_cuda_weights {
@@ -45,10 +46,11 @@ struct hstu_cuda_arena {
     void *normed;   /* [rows][max(E, HD)]: LN's output, then y */
     void *m;        /* [rows][4HD] */
     float *partial; /* [slices][rows][HD] */
+    struct hstu_moments *x_moments; /* [rows][E / 64] at most */
     float *hidden;  /* [rows][head_columns], in m's place */
     uint32_t *candidate_row;
     float *inverse_norm; /* [rows] both */
-    void *workspace;     /* cuBLASLt's */
+    void *workspace;     /* cuBLASLt's, unless fused */
     uint64_t workspace_bytes;
 };
 
@@ -93,8 +95,8 @@ struct hstu_cuda {
 
     const struct hstu_attention_path *path;
     void *path_state;
-    struct hstu_gemm *gemm;
-    enum hstu_uvqk_fusion fusion;
+    struct hstu_gemm *gemm; /* NULL when fused */
+    bool fused; /* hstu_products_fused() */
     cudaStream_t stream, gate_stream;
     cudaEvent_t done; /* after every pass */
     cudaEvent_t fork, joined[SKV_MAX_LAYERS];
@@ -120,6 +122,12 @@ int hstu_cuda_poison(struct hstu_cuda *c);
  * nothing. */
 int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, uint32_t count,
                     uint32_t *graph_rows);
+
+/* Who multiplies, in words. */
+static inline const char *hstu_cuda_products(const struct hstu_cuda *c)
+{
+    return c->fused ? "fused" : hstu_gemm_name(c->gemm);
+}
 
 /* cuda_graph.c */
 /* What attention of one layer is given in a graph of `rows` rows. */

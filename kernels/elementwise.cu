@@ -1,5 +1,5 @@
-/* The element-wise kernels of a layer: norm before UVQK, activation after it, gate before the
- * projection. Each reads and writes every element once, 16 bytes a thread; statistics are fp32, two
+/* The element-wise kernels of a layer: norm before UVQK (or its statistics alone), activation after
+ * it, gate before the projection. Each reads and writes every element once, 16 bytes a thread; statistics are fp32, two
  * passes over registers. */
 #include "cuda_kernels.h"
 
@@ -39,19 +39,13 @@ __device__ __forceinline__ float warp_sum(float x)
 
 constexpr int NORM_WARPS = 4;
 
+/* A row's values, eight a lane and chunk, and their moments. A whole warp. */
 template <int CHUNKS>
-__global__ void __launch_bounds__(NORM_WARPS * 32)
-    norm_kernel(const __grid_constant__ hstu_norm_args a)
+__device__ __forceinline__ hstu_moments moments_of(const void *from, uint32_t row, uint32_t columns,
+                                                   eight *e)
 {
-    const uint32_t row = blockIdx.x * NORM_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    mma::dependency_trigger(); /* UVQK fetches weights meanwhile */
-    if (row >= a.rows)
-        return;
-    /* Asked for beside the row itself; padding is computed too, but not stored. */
-    const bool padding = a.row_sequence[row] == UINT32_MAX;
-    const uint32_t chunks = a.columns / 8;
-    const uint4 *x = static_cast<const uint4 *>(a.x) + (uint64_t)row * chunks;
-    eight e[CHUNKS];
+    const uint32_t lane = threadIdx.x % 32, chunks = columns / 8;
+    const uint4 *x = static_cast<const uint4 *>(from) + (uint64_t)row * chunks;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
@@ -61,7 +55,7 @@ __global__ void __launch_bounds__(NORM_WARPS * 32)
         for (int k = 0; k < 8; k++)
             sum += e[i].v[k];
     }
-    const float mean = warp_sum(sum) / a.columns;
+    const float mean = warp_sum(sum) / columns;
     float square = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
@@ -72,7 +66,22 @@ __global__ void __launch_bounds__(NORM_WARPS * 32)
             square += in ? d * d : 0.0f;
         }
     }
-    const float scale = rsqrtf(warp_sum(square) / a.columns + a.eps);
+    return {mean, warp_sum(square)};
+}
+
+template <int CHUNKS>
+__global__ void __launch_bounds__(NORM_WARPS * 32)
+    norm_kernel(const __grid_constant__ hstu_norm_args a)
+{
+    const uint32_t row = blockIdx.x * NORM_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= a.rows)
+        return;
+    /* Asked for beside the row itself; padding is computed too, but not stored. */
+    const bool padding = a.row_sequence[row] == UINT32_MAX;
+    const uint32_t chunks = a.columns / 8;
+    eight e[CHUNKS];
+    const hstu_moments m = moments_of<CHUNKS>(a.x, row, a.columns, e);
+    const float mean = m.mean, scale = rsqrtf(m.square / a.columns + a.eps);
     uint4 *out = static_cast<uint4 *>(a.out) + (uint64_t)row * chunks;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
@@ -86,6 +95,21 @@ __global__ void __launch_bounds__(NORM_WARPS * 32)
             e[i].v[k] = (e[i].v[k] - mean) * scale * w.v[k] + b.v[k];
         out[at] = narrow(e[i]);
     }
+}
+
+/* The norm's statistics alone, one warp a row. */
+template <int CHUNKS>
+__global__ void __launch_bounds__(NORM_WARPS * 32)
+    moments_kernel(const __grid_constant__ hstu_moments_args a)
+{
+    const uint32_t row = blockIdx.x * NORM_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    mma::dependency_trigger();
+    if (row >= a.rows || a.row_sequence[row] == UINT32_MAX)
+        return;
+    eight e[CHUNKS];
+    const hstu_moments m = moments_of<CHUNKS>(a.x, row, a.columns, e);
+    if (lane == 0)
+        a.out[row] = m;
 }
 
 /* ---- activate: one block a row ---- */
@@ -192,20 +216,30 @@ constexpr uint32_t MANY_ROWS = 2048; /* their slices are few */
 
 /* Half the threads that fit: the loads in flight need the registers. */
 template <int THREADS, int CHUNKS>
-__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
-                                  THREADS == 32 || CHUNKS > 2 ? 1 : 1024 / THREADS)
+__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, THREADS == 32 ? 5
+                                                                             : CHUNKS > 2
+                                                                                 ? 1
+                                                                                 : 1024 / THREADS)
     gate_kernel(const __grid_constant__ hstu_gate_args a)
 {
     __shared__ float shared[32];
     const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
     const uint32_t slices = row < a.rows ? a.slices[row] : 0, chunks = a.columns / 8;
     mma::dependency_wait();
-    if (slices == 0) /* padding */
+    mma::dependency_trigger(); /* the projection fetches weights meanwhile */
+    if (slices == 0)           /* padding */
         return;
     const uint64_t plane = (uint64_t)a.rows * chunks * 2; /* in float4 */
     const float4 *o = reinterpret_cast<const float4 *>(a.partial) + (uint64_t)row * chunks * 2;
+    const uint4 *u = static_cast<const uint4 *>(a.m) + (uint64_t)row * chunks * 4;
     eight e[CHUNKS];
+    uint4 gate[CHUNKS]; /* a warp a row: asked for beside the sums */
     float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        uint32_t at = i * THREADS + threadIdx.x;
+        gate[i] = THREADS == 32 && at < chunks ? u[at] : make_uint4(0, 0, 0, 0);
+    }
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         uint32_t at = i * THREADS + threadIdx.x;
@@ -228,7 +262,6 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
         }
     }
     const float scale = rsqrtf(block_sum<THREADS>(square, shared) / a.columns + a.eps);
-    const uint4 *u = static_cast<const uint4 *>(a.m) + (uint64_t)row * chunks * 4;
     uint4 *y = static_cast<uint4 *>(a.y) + (uint64_t)row * chunks;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
@@ -237,7 +270,7 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
             break;
         eight w = widen(__ldg(static_cast<const uint4 *>(a.weight) + at));
         eight b = widen(__ldg(static_cast<const uint4 *>(a.bias) + at));
-        eight g = widen(u[at]);
+        eight g = widen(THREADS == 32 ? gate[i] : u[at]);
 #pragma unroll
         for (int k = 0; k < 8; k++)
             e[i].v[k] = ((e[i].v[k] - mean) * scale * w.v[k] + b.v[k]) * g.v[k];
@@ -261,7 +294,13 @@ static int launch(void (*kernel)(Args), uint32_t blocks, dim3 threads, const Arg
     config.stream = (cudaStream_t)stream;
     config.attrs = &attribute;
     config.numAttrs = early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+    /* The kernels around these take nearly all shared memory. A multiprocessor that had to change
+     * its split could not start one of them before the last block here has gone. */
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
+    if (e == cudaSuccess)
+        e = cudaLaunchKernelEx(&config, kernel, args);
+    return e == cudaSuccess ? SKV_OK : SKV_EDEVICE;
 }
 
 int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
@@ -271,6 +310,17 @@ int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
                   : c <= 512  ? norm_kernel<2>
                   : c <= 1024 ? norm_kernel<4>
                               : norm_kernel<8>;
+    return launch(kernel, (args->rows + NORM_WARPS - 1) / NORM_WARPS, NORM_WARPS * 32, *args, false,
+                  stream);
+}
+
+int hstu_launch_moments(const struct hstu_moments_args *args, void *stream)
+{
+    const uint32_t c = args->columns;
+    auto kernel = c <= 256    ? moments_kernel<1>
+                  : c <= 512  ? moments_kernel<2>
+                  : c <= 1024 ? moments_kernel<4>
+                              : moments_kernel<8>;
     return launch(kernel, (args->rows + NORM_WARPS - 1) / NORM_WARPS, NORM_WARPS * 32, *args, false,
                   stream);
 }

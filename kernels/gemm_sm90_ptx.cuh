@@ -1,4 +1,4 @@
-/* What gemm_sm90.cu needs beyond attention's header: wgmma with both operands in shared memory and
+/* What the products on Hopper need beyond attention's header: wgmma with both operands in shared memory and
  * b as it lies, matrix stores. */
 #ifndef HSTU_GEMM_SM90_PTX_CUH
 #define HSTU_GEMM_SM90_PTX_CUH
@@ -17,6 +17,9 @@ template <int Pending> __device__ __forceinline__ void wgmma_wait_but()
     "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]),          \
         "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
 #define ACC32(i) ACC8(i), ACC8((i) + 8), ACC8((i) + 16), ACC8((i) + 24)
+#define LIST32                                                                                     \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define LIST64                                                                                     \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
@@ -32,6 +35,16 @@ template <int Pending> __device__ __forceinline__ void wgmma_wait_but()
 /* d[64 rows][N] = (or +=) a b, 16 deep; a K-major, b MN-major, both in shared memory. */
 template <int N>
 __device__ __forceinline__ void multiply(float *d, uint64_t a, uint64_t b, uint32_t accumulate);
+
+template <>
+__device__ __forceinline__ void multiply<64>(float *d, uint64_t a, uint64_t b, uint32_t accumulate)
+{
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST32 "}, "
+                 "%32, %33, p, 1, 1, 0, 1;\n\t}"
+                 : ACC32(0)
+                 : "l"(a), "l"(b), "r"(accumulate));
+}
 
 template <>
 __device__ __forceinline__ void multiply<128>(float *d, uint64_t a, uint64_t b, uint32_t accumulate)
@@ -63,6 +76,7 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
 
 #undef LIST128
 #undef LIST64
+#undef LIST32
 #undef ACC32
 #undef ACC8
 

@@ -301,6 +301,30 @@ int cuda_reference_attention(const struct skv_geometry *g, uint32_t layer, uint3
     return status_of(e);
 }
 
+/* A layer's weights as they are: the runner's own may have the first norm folded in. */
+struct layer_weights {
+    uint16_t *ln1_weight, *ln1_bias, *uvqk, *uvqk_bias;
+};
+
+static cudaError_t upload(const hstu_model &model, const hstu_layer_weights &from, uint16_t *memory,
+                          layer_weights *out)
+{
+    const uint64_t E = model.embed, N = 4 * model.geometry.heads * model.geometry.head_dim;
+    *out = {memory, memory + E, memory + 2 * E, memory + 2 * E + E * N};
+    const struct {
+        uint16_t *to, *from;
+        uint64_t count;
+    } parts[] = {{out->ln1_weight, from.ln1_weight, E},
+                 {out->ln1_bias, from.ln1_bias, E},
+                 {out->uvqk, from.uvqk, E * N},
+                 {out->uvqk_bias, from.uvqk_bias, N}};
+    cudaError_t e = cudaSuccess;
+    for (auto &part : parts)
+        if (e == cudaSuccess)
+            e = cudaMemcpy(part.to, part.from, part.count * 2, cudaMemcpyHostToDevice);
+    return e;
+}
+
 int cuda_reference_pass(const struct hstu_cuda *c, const struct hstu_sequence *sequences,
                         uint32_t count, bool rounded, float *block_out, float *magnitude)
 {
@@ -310,6 +334,7 @@ int cuda_reference_pass(const struct hstu_cuda *c, const struct hstu_sequence *s
     batch b = {};
     float *x = nullptr, *normed = nullptr, *m = nullptr, *o = nullptr, *s = nullptr, *top = nullptr;
     float2 *statistics = nullptr;
+    uint16_t *weights = nullptr;
     cudaError_t e = batch_open(model.geometry, &model, sequences, count, &b);
     const uint32_t rows = b.rows;
     if (e == cudaSuccess)
@@ -325,6 +350,8 @@ int cuda_reference_pass(const struct hstu_cuda *c, const struct hstu_sequence *s
     if (e == cudaSuccess)
         e = cudaMalloc((void **)&statistics, rows * sizeof *statistics);
     if (e == cudaSuccess)
+        e = cudaMalloc((void **)&weights, ((uint64_t)(E + 1) * 4 * HD + 2 * E) * 2);
+    if (e == cudaSuccess)
         e = cudaMalloc((void **)&top, 4);
     if (e == cudaSuccess)
         e = cudaMemset(top, 0, 4);
@@ -336,13 +363,15 @@ int cuda_reference_pass(const struct hstu_cuda *c, const struct hstu_sequence *s
                 E, x);
     for (uint32_t l = 0; e == cudaSuccess && l < model.geometry.layers; l++) {
         const hstu_cuda_layer &w = c->on_device.layer[l];
+        layer_weights own;
+        e = upload(model, c->weights->layer[l], weights, &own);
+        if (e != cudaSuccess)
+            break;
         row_statistics<<<(rows + 31) / 32, 32>>>(x, rows, E, model.eps, statistics);
         normalise<<<dim3((E + 127) / 128, rows), 128>>>(
-            x, statistics, E, (const uint16_t *)w.ln1_weight, (const uint16_t *)w.ln1_bias, nullptr,
-            0, rounded, normed);
+            x, statistics, E, own.ln1_weight, own.ln1_bias, nullptr, 0, rounded, normed);
         multiply<<<dim3((4 * HD + 127) / 128, (rows + 3) / 4), 128>>>(
-            normed, (const uint16_t *)w.uvqk, (const uint16_t *)w.uvqk_bias, nullptr, rows, 4 * HD,
-            E, rounded, m);
+            normed, own.uvqk, own.uvqk_bias, nullptr, rows, 4 * HD, E, rounded, m);
         attend(model.geometry, l, model.group, model.scaling_length, sequences, count, b, m,
                c->pool, rounded, s, o, top);
         row_statistics<<<(rows + 31) / 32, 32>>>(o, rows, HD, model.eps, statistics);
@@ -357,6 +386,7 @@ int cuda_reference_pass(const struct hstu_cuda *c, const struct hstu_sequence *s
         e = cudaMemcpy(block_out, x, (uint64_t)rows * E * 4, cudaMemcpyDeviceToHost);
     if (e == cudaSuccess && magnitude)
         e = cudaMemcpy(magnitude, top, 4, cudaMemcpyDeviceToHost);
+    cudaFree(weights);
     cudaFree(top);
     cudaFree(statistics);
     cudaFree(s);

@@ -160,7 +160,7 @@ static void check_pass(struct rig *r, const struct hstu_sequence *s, uint32_t co
     run(r, s, count, x, scores);
     struct distance d = distance_of(x, r32, r16, elements, 0);
     printf("%s, %s, %s: max %.2f mean %.2f of the limit\n", name, r->runner->path->name,
-           hstu_gemm_name(r->runner->gemm), d.max, d.mean);
+           hstu_cuda_products(r->runner), d.max, d.mean);
     cr_assert(d.max <= 1 && d.mean <= 1, "%s, %s: max %.2f mean %.2f of the limit", name,
               r->runner->path->name, d.max, d.mean);
     for (uint32_t i = 0; i < r->runner->candidates * r->model.head_out; i++)

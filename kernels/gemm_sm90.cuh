@@ -1,0 +1,301 @@
+/* What the two products of a layer on Hopper share (uvqk_sm90.cu, project_sm90.cu): shapes of
+ * tiles, the ring of stages, the order of tiles, how results leave, tensor maps.
+ *
+ * A block is one producer thread, which feeds a ring of stages by TMA, and consumer warpgroups of
+ * 64 rows each, which multiply by wgmma: a K-major, b as it lies in memory, MN-major. Persistent;
+ * tiles in row order, columns fastest, so that b and a few rows of a stay in L2. Two blocks may
+ * form a cluster along the rows and multicast halves of b to each other: that keeps L2 traffic at
+ * 32 bytes a clock and multiprocessor in the large shapes. */
+#ifndef HSTU_GEMM_SM90_CUH
+#define HSTU_GEMM_SM90_CUH
+
+#include "cuda_kernels.h"
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <cudaTypedefs.h>
+
+#include "gemm_sm90_ptx.cuh"
+#include "mma.cuh"
+
+extern "C" {
+#include "log.h"
+}
+
+namespace
+{
+
+constexpr int STAGING_BYTES = 2048; /* a warp's 16 rows by 64 columns, on their way out */
+
+template <int Groups, int Columns, int Stages, int Cluster> struct shape {
+    static constexpr int GROUPS = Groups, COLUMNS = Columns, STAGES = Stages, CLUSTER = Cluster;
+    static constexpr int DEPTH = 64; /* of a stage: one swizzled row of a */
+    static constexpr int ROWS = GROUPS * 64;
+    static constexpr int CHUNKS = COLUMNS / 64;
+    static constexpr int PIECES = COLUMNS / 16;     /* what is finished at a time */
+    static constexpr int CHUNK_BYTES = DEPTH * 128; /* 64 columns of b */
+    static constexpr int A_BYTES = ROWS * DEPTH * 2;
+    static constexpr int B_BYTES = CHUNKS * CHUNK_BYTES;
+    static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
+    /* In shared memory, behind the stages. */
+    static constexpr int STAGING = STAGES * STAGE_BYTES; /* every warp's */
+    static constexpr int BARRIERS = STAGING + GROUPS * 4 * STAGING_BYTES;
+    static constexpr int OWN = BARRIERS + STAGES * 16; /* a kernel's own, aligned to 16 */
+    static constexpr int SHARED = OWN + 1024;          /* and room to align */
+    static constexpr int THREADS = 128 * (1 + GROUPS);
+    static_assert(SHARED <= 227 * 1024, "one block a multiprocessor");
+};
+
+/* ---- tiles ---- */
+
+/* The tiles of a block: cluster c takes tiles c, c + clusters, ... of row blocks by columns. Only
+ * the next one is kept: registers are scarce where tiles are taken. */
+template <typename S> struct schedule {
+    uint32_t rows, n, next; /* the first two are parameters of the kernel, and cost nothing */
+    __device__ __forceinline__ schedule(uint32_t rows_, uint32_t n_)
+        : rows(rows_), n(n_), next(blockIdx.x / S::CLUSTER)
+    {
+    }
+    __device__ __forceinline__ bool take(uint32_t *row0, uint32_t *column0)
+    {
+        const uint32_t column_blocks = n / S::COLUMNS;
+        const uint32_t row_blocks = (rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER);
+        if (next >= row_blocks * column_blocks)
+            return false;
+        *row0 = (next / column_blocks * S::CLUSTER + rank()) * S::ROWS;
+        *column0 = next % column_blocks * S::COLUMNS;
+        next += gridDim.x / S::CLUSTER;
+        return true;
+    }
+    static __device__ __forceinline__ uint32_t rank()
+    {
+        return S::CLUSTER > 1 ? sm90::cluster_rank() : 0;
+    }
+};
+
+/* ---- the ring ---- */
+
+template <typename S> struct stage_ring {
+    uint32_t shared, stage, phase;
+
+    __device__ __forceinline__ uint32_t full(uint32_t which) const
+    {
+        return shared + S::BARRIERS + which * 8;
+    }
+    __device__ __forceinline__ uint32_t empty(uint32_t which) const
+    {
+        return shared + S::BARRIERS + (S::STAGES + which) * 8;
+    }
+    __device__ __forceinline__ uint32_t at() const
+    {
+        return shared + stage * S::STAGE_BYTES;
+    }
+    __device__ __forceinline__ void advance()
+    {
+        if (++stage == S::STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+
+    __device__ __forceinline__ uint32_t before() const
+    {
+        return (stage == 0 ? S::STAGES : stage) - 1;
+    }
+
+    /* One thread of the block, before anything else. */
+    __device__ __forceinline__ void open() const
+    {
+        for (uint32_t i = 0; i < S::STAGES; i++) {
+            sm90::barrier_init(full(i), 1);
+            sm90::barrier_init(empty(i), S::GROUPS * S::CLUSTER);
+        }
+        sm90::barrier_init_fence();
+    }
+
+    /* Producer: waits for the stage to be free and announces what comes. A ring starts with phase 1
+     * here, with 0 at the consumers. */
+    __device__ __forceinline__ void announce(uint32_t bytes) const
+    {
+        sm90::barrier_wait(empty(stage), phase);
+        sm90::barrier_arrive_expect(full(stage), bytes);
+    }
+
+    /* b of one step into the stage; in a cluster each block's half, for both. */
+    __device__ __forceinline__ void load_b(const CUtensorMap *map, uint32_t step, uint32_t column0,
+                                           uint32_t rank) const
+    {
+        uint32_t b = at() + S::A_BYTES;
+        if (S::CLUSTER == 1) {
+            sm90::load_box(b, map, step * S::DEPTH, column0 / 64, full(stage));
+        } else {
+            constexpr uint32_t CHUNKS = S::CHUNKS / S::CLUSTER;
+            sm90::load_box_both(b + rank * CHUNKS * S::CHUNK_BYTES, map, step * S::DEPTH,
+                                column0 / 64 + rank * CHUNKS, full(stage));
+        }
+    }
+
+    /* Consumers: a stage is read; one call a warpgroup, by all its threads, when all have. */
+    __device__ __forceinline__ void release(uint32_t which) const
+    {
+        const uint32_t thread = threadIdx.x % 128;
+        if (S::CLUSTER == 1 && thread == 0)
+            sm90::barrier_arrive(empty(which));
+        if (S::CLUSTER > 1 && thread % 32 == 0 && thread / 32 < S::CLUSTER)
+            sm90::barrier_arrive_cluster(sm90::address_in(empty(which), thread / 32));
+    }
+};
+
+/* A warpgroup's own barrier. */
+__device__ __forceinline__ void sync_group(uint32_t group)
+{
+    sm90::named_sync(1 + group, 128);
+}
+
+/* Sets the block up and runs its two kinds of threads: the producer's warpgroup and the consumers.
+ */
+template <typename S, typename Produce, typename Consume>
+__device__ __forceinline__ void run_block(uint32_t shared, Produce produce, Consume consume)
+{
+    stage_ring<S> ring = {shared, 0, 0};
+    if (threadIdx.x == 0)
+        ring.open();
+    __syncthreads();
+    if (S::CLUSTER > 1)
+        sm90::cluster_sync(); /* the other block's barriers are there */
+    const uint32_t group = threadIdx.x / 128;
+    if (group == 0) {
+        if (S::GROUPS > 1)
+            sm90::registers_shrink<56>();
+        ring.phase = 1;
+        produce(ring);
+    } else {
+        if (S::GROUPS > 1)
+            sm90::registers_grow<224>();
+        consume(ring, group - 1);
+    }
+    if (S::CLUSTER > 1) {
+        __syncwarp();
+        sm90::cluster_sync(); /* nobody arrives at the barriers of a block that has gone */
+    }
+}
+
+__device__ __forceinline__ uint32_t shared_base(char *memory)
+{
+    return (mma::shared_address(memory) + 1023) & ~1023u;
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address)
+{
+    uint4 bits;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(address)
+                 : "memory");
+    return bits;
+}
+
+/* ---- results: 64 columns at a time from registers to memory, by way of a warp's staging ---- */
+
+/* The row that a lane stores in the i-th of four steps: 8 lanes a row. */
+__device__ __forceinline__ uint32_t stored_row(uint32_t row0, uint32_t warp, int i)
+{
+    return row0 + warp * 16 + i * 4 + threadIdx.x % 32 / 8;
+}
+
+/* 16 columns of a warp's 16 rows, as wgmma lays sums out, to its staging; `piece` counts them. */
+__device__ __forceinline__ void stage_piece(uint32_t staging, int piece, const uint32_t *word)
+{
+    const uint32_t lane = threadIdx.x % 32;
+    if (piece % 4 == 0)
+        __syncwarp(); /* the last 64 columns are read */
+    /* Lanes 0-15 address the rows of the first 8 columns, 16-31 those of the next 8. */
+    store_matrices(staging + mma::tile_offset<8>(lane % 16, piece % 4 * 2 + lane / 16), word[0],
+                   word[1], word[2], word[3]);
+}
+
+/* What this lane stores of 64 staged columns in the i-th step: 8 columns from lane % 8 * 8 on. */
+__device__ __forceinline__ uint4 staged(uint32_t staging, int i)
+{
+    const uint32_t lane = threadIdx.x % 32;
+    return load_shared(staging + mma::tile_offset<8>(i * 4 + lane / 8, lane % 8));
+}
+
+/* ---- host ---- */
+
+PFN_cuTensorMapEncodeTiled_v12000 find_encode()
+{
+    void *entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
+                                         &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+        return nullptr;
+    return (PFN_cuTensorMapEncodeTiled_v12000)entry;
+}
+
+/* Row-major bf16 [rows][columns] as {64, rows, columns / 64}: a box lies in shared memory as chunks
+ * of swizzled rows. Rows past the end read as zeros. */
+int encode(CUtensorMap *map, const void *base, uint64_t rows, uint64_t columns, uint32_t box_rows,
+           uint32_t box_chunks)
+{
+    auto encode_tiled = find_encode();
+    cuuint64_t sizes[3] = {64, rows, columns / 64}, strides[2] = {columns * 2, 128};
+    cuuint32_t box[3] = {64, box_rows, box_chunks}, steps[3] = {1, 1, 1};
+    CUresult result = CUDA_ERROR_NOT_SUPPORTED;
+    if (encode_tiled)
+        result =
+            encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, sizes, strides,
+                         box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result == CUDA_SUCCESS)
+        return SKV_OK;
+    skv_error("tensor map %llu x %llu, box %u x %u: driver error %d", (unsigned long long)rows,
+              (unsigned long long)columns, box_rows, box_chunks, (int)result);
+    return SKV_EDEVICE;
+}
+
+template <typename S> uint32_t tiles_of(uint32_t rows, uint32_t n)
+{
+    return (rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER) * (n / S::COLUMNS) *
+           S::CLUSTER;
+}
+
+/* Rounds of the machine that the tiles take. */
+template <typename S> uint32_t rounds_of(uint32_t rows, uint32_t n, uint32_t sm_count)
+{
+    return (tiles_of<S>(rows, n) + sm_count - 1) / sm_count;
+}
+
+/* A block a multiprocessor at most. `early`: may start while the kernel before it ends. */
+template <typename S, typename Parameters>
+int launch_tiles(void (*kernel)(Parameters), const Parameters &p, uint32_t tiles, uint32_t sm_count,
+                 int shared, bool early, cudaStream_t stream)
+{
+    uint32_t most = sm_count / S::CLUSTER * S::CLUSTER;
+    cudaLaunchAttribute attribute[2] = {};
+    attribute[0].id = cudaLaunchAttributeClusterDimension;
+    attribute[0].val.clusterDim.x = S::CLUSTER;
+    attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
+    attribute[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(tiles < most ? tiles : most);
+    config.blockDim = dim3(S::THREADS);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attribute;
+    config.numAttrs = early ? 2 : 1;
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (e == cudaSuccess)
+        e = cudaLaunchKernelEx(&config, kernel, p);
+    if (e == cudaSuccess)
+        return SKV_OK;
+    skv_error("a product: %s", cudaGetErrorString(e));
+    return SKV_EDEVICE;
+}
+
+} // namespace
+
+#endif

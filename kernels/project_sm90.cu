@@ -1,0 +1,291 @@
+/* The projection on Hopper: x += y P, and with each row of x the moments of its values, which is
+ * all that the next layer's norm needs (uvqk_sm90.cu): nothing else reads x between the layers.
+ *
+ * A tile starts from x: the sums' first value is the residual, which the ring brings like any other
+ * stage. It and P are asked for before the kernel ahead has ended.
+ *
+ * Making y here, from attention's sums and u, was tried and is slower: a tile then takes 64 KiB for
+ * 64 columns of k, and a multiprocessor does not get that much in the time of the products.
+ *
+ * Moves: y once per column block (from L2), P once per two row blocks, x twice. */
+#include "gemm_sm90.cuh"
+
+#include <math.h>
+
+namespace
+{
+
+/* A stage takes X_COLUMNS columns of x. */
+template <int Groups, int Columns, int Stages, int Cluster>
+struct projection : shape<Groups, Columns, Stages, Cluster> {
+    using base = shape<Groups, Columns, Stages, Cluster>;
+    static constexpr int X_COLUMNS =
+        base::STAGE_BYTES >= base::ROWS * Columns * 2 ? Columns : Columns / 2;
+    static constexpr int X_STEPS = Columns / X_COLUMNS;
+    static constexpr int X_BYTES = base::ROWS * X_COLUMNS * 2;
+    static_assert(X_BYTES <= base::STAGE_BYTES && X_STEPS < Stages);
+};
+using large = projection<2, 256, 4, 2>;
+using medium = projection<2, 128, 6, 1>;
+using small = projection<1, 64, 12, 1>;
+
+struct parameters {
+    CUtensorMap y, b, x;
+    uint16_t *out; /* x */
+    hstu_moments *moments;
+    uint32_t rows, n, k;
+};
+
+/* ---- producer: one thread ---- */
+
+template <typename S>
+__device__ __forceinline__ void load_x(const parameters &p, const stage_ring<S> &ring,
+                                       uint32_t row0, uint32_t column)
+{
+    for (uint32_t g = 0; g < S::GROUPS; g++)
+        sm90::load_box(ring.at() + g * 64 * S::X_COLUMNS * 2, &p.x, row0 + g * 64, column / 64,
+                       ring.full(ring.stage));
+}
+
+template <typename S> __device__ void produce(const parameters &p, stage_ring<S> ring)
+{
+    schedule<S> tiles(p.rows, p.n);
+    const uint32_t steps = p.k / S::DEPTH;
+    uint32_t row0, column0;
+    bool first = true;
+    while (tiles.take(&row0, &column0)) {
+        /* Both are older than the kernel before: x is of the layer before, b a weight. */
+        const uint32_t ahead = first ? min(steps, (uint32_t)(S::STAGES - S::X_STEPS)) : 0;
+        for (uint32_t i = 0; i < S::X_STEPS; i++, ring.advance()) {
+            ring.announce(S::X_BYTES);
+            load_x<S>(p, ring, row0, column0 + i * S::X_COLUMNS);
+        }
+        auto start = ring;
+        for (uint32_t step = 0; step < ahead; step++, start.advance()) {
+            start.announce(S::STAGE_BYTES);
+            start.load_b(&p.b, step, column0, tiles.rank());
+        }
+        if (first) {
+            sm90::dependency_wait();
+            sm90::dependency_trigger(); /* all that the next one relies on has ended */
+        }
+        first = false;
+        for (uint32_t step = 0; step < steps; step++, ring.advance()) {
+            if (step >= ahead) {
+                ring.announce(S::STAGE_BYTES);
+                ring.load_b(&p.b, step, column0, tiles.rank());
+            }
+            sm90::load_box(ring.at(), &p.y, row0, step, ring.full(ring.stage));
+        }
+    }
+}
+
+/* ---- consumers ---- */
+
+template <typename S> struct consumer {
+    const parameters &p;
+    stage_ring<S> ring;
+    uint32_t group, warp, lane; /* warp: in the group */
+
+    __device__ __forceinline__ consumer(const parameters &p_, const stage_ring<S> &ring_,
+                                        uint32_t group_)
+        : p(p_), ring(ring_), group(group_), warp(threadIdx.x % 128 / 32), lane(threadIdx.x % 32)
+    {
+    }
+
+    /* d = x, in wgmma's layout. */
+    __device__ __forceinline__ void start(float *d)
+    {
+#pragma unroll
+        for (int step = 0; step < S::X_STEPS; step++) {
+            sm90::barrier_wait(ring.full(ring.stage), ring.phase);
+            const uint32_t x = ring.at() + group * 64 * S::X_COLUMNS * 2 + warp * 16 * 128;
+#pragma unroll
+            for (int i = 0; i < S::X_COLUMNS / 16; i++) {
+                uint32_t word[4];
+                mma::load4(word, x + i / 4 * 64 * 128 +
+                                     mma::tile_offset<8>(lane % 16, i % 4 * 2 + lane / 16));
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float2 v = mma::unpack(word[j]);
+                    d[(step * S::X_COLUMNS / 16 + i) * 8 + j * 2] = v.x;
+                    d[(step * S::X_COLUMNS / 16 + i) * 8 + j * 2 + 1] = v.y;
+                }
+            }
+            sync_group(group); /* all four warps have read it */
+            ring.release(ring.stage);
+            ring.advance();
+        }
+        sm90::pin<S::COLUMNS / 2>(
+            d); /* done before the products, not among them: that splits them */
+    }
+
+    /* After a step's products are under way: those of the step before have ended. */
+    __device__ __forceinline__ void release_last(bool any)
+    {
+        if (any)
+            ring.release(ring.before());
+        ring.advance();
+    }
+
+    __device__ __forceinline__ void multiply_step(float *d, bool any)
+    {
+        sm90::barrier_wait(ring.full(ring.stage), ring.phase);
+        const uint32_t a = ring.at() + group * 64 * S::DEPTH * 2, b = ring.at() + S::A_BYTES;
+        sm90::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < S::DEPTH / 16; i++)
+            multiply<S::COLUMNS>(d, sm90::descriptor_k_major(a + i * 32),
+                                 sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), 1);
+        sm90::wgmma_commit();
+        wgmma_wait_but<1>();
+        release_last(any);
+    }
+
+    /* Sums to bf16 and to memory, and then their rows' moments. */
+    __device__ __forceinline__ void end(const float *d, uint32_t row0, uint32_t column0)
+    {
+        uint32_t word[S::COLUMNS / 4]; /* [i][row] */
+        const uint32_t staging = ring.shared + S::STAGING + (group * 4 + warp) * STAGING_BYTES;
+#pragma unroll
+        for (int i = 0; i < S::COLUMNS / 4; i++)
+            word[i] = mma::pack(d[i * 2], d[i * 2 + 1]);
+#pragma unroll
+        for (int piece = 0; piece < S::PIECES; piece++) {
+            stage_piece(staging, piece, word + piece * 4);
+            if (piece % 4 != 3)
+                continue;
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t to = stored_row(row0, group * 4 + warp, i);
+                const uint4 bits = staged(staging, i);
+                if (to < p.rows)
+                    *reinterpret_cast<uint4 *>(p.out + (uint64_t)to * p.n + column0 +
+                                               piece / 4 * 64 + lane % 8 * 8) = bits;
+            }
+        }
+        float mean[2] = {}, square[2] = {};
+#pragma unroll
+        for (int i = 0; i < S::COLUMNS / 4; i++) {
+            const float2 v = mma::unpack(word[i]);
+            mean[i % 2] += v.x + v.y;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            mean[i] += __shfl_xor_sync(~0u, mean[i], 1);
+            mean[i] += __shfl_xor_sync(~0u, mean[i], 2);
+            mean[i] /= S::COLUMNS;
+        }
+#pragma unroll
+        for (int i = 0; i < S::COLUMNS / 4; i++) {
+            const float2 v = mma::unpack(word[i]);
+            const float x = v.x - mean[i % 2], y = v.y - mean[i % 2];
+            square[i % 2] = fmaf(x, x, fmaf(y, y, square[i % 2]));
+        }
+        const uint32_t row = row0 + (group * 4 + warp) * 16 + lane / 4, parts = p.n / S::COLUMNS;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            square[i] += __shfl_xor_sync(~0u, square[i], 1);
+            square[i] += __shfl_xor_sync(~0u, square[i], 2);
+            if (lane % 4 == 0 && row + i * 8 < p.rows)
+                p.moments[(uint64_t)(row + i * 8) * parts + column0 / S::COLUMNS] = {mean[i],
+                                                                                     square[i]};
+        }
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        schedule<S> tiles(p.rows, p.n);
+        const uint32_t steps = p.k / S::DEPTH;
+        uint32_t row0, column0;
+        float d[S::COLUMNS / 2];
+        sm90::dependency_wait(); /* nothing of ours is written before */
+        while (tiles.take(&row0, &column0)) {
+            start(d);
+#pragma unroll 1
+            for (uint32_t step = 0; step < steps; step++)
+                multiply_step(d, step > 0);
+            wgmma_wait_but<0>();
+            sm90::pin<S::COLUMNS / 2>(d);
+            ring.release(ring.before());
+            end(d, row0, column0);
+        }
+    }
+};
+
+template <typename S>
+__global__ void __launch_bounds__(S::THREADS, 1)
+    project_kernel(const __grid_constant__ parameters p)
+{
+    extern __shared__ char memory[];
+    run_block<S>(
+        shared_base(memory),
+        [&](stage_ring<S> ring) {
+            if (threadIdx.x == 0)
+                produce<S>(p, ring);
+        },
+        [&](stage_ring<S> ring, uint32_t group) {
+            consumer<S> consumer(p, ring, group);
+            consumer.run();
+        });
+}
+
+/* ---- host ---- */
+
+template <typename S> int launch(const struct hstu_project_args *args, cudaStream_t stream)
+{
+    const uint32_t k = args->k, n = args->n, rows = args->rows;
+    parameters p = {};
+    int status = encode(&p.y, args->y, rows, k, S::ROWS, 1);
+    if (status == SKV_OK)
+        status = encode(&p.b, args->b, k, n, S::DEPTH, S::CHUNKS / S::CLUSTER);
+    if (status == SKV_OK)
+        status = encode(&p.x, args->x, rows, n, 64, S::X_COLUMNS / 64);
+    if (status != SKV_OK)
+        return status;
+    p.out = (uint16_t *)args->x;
+    p.moments = args->moments;
+    p.rows = rows;
+    p.n = n;
+    p.k = k;
+    return launch_tiles<S>(project_kernel<S>, p, tiles_of<S>(rows, n), args->sm_count, S::SHARED,
+                           args->early, stream);
+}
+
+/* Microseconds of a round at k 1024 on an H100 (bench_gemm). */
+template <typename S> double cost(const struct hstu_project_args *a, double round)
+{
+    return a->n % S::COLUMNS ? INFINITY : rounds_of<S>(a->rows, a->n, a->sm_count) * round;
+}
+
+enum hstu_tiles choose(const struct hstu_project_args *args)
+{
+    double by_large = cost<large>(args, 11), by_medium = cost<medium>(args, 6.5),
+           by_small = cost<small>(args, 4.5);
+    if (by_small <= by_medium && by_small <= by_large)
+        return HSTU_TILES_SMALL;
+    return by_medium <= by_large ? HSTU_TILES_MEDIUM : HSTU_TILES_LARGE;
+}
+
+} // namespace
+
+uint32_t hstu_project_sm90_parts(const struct hstu_project_args *args)
+{
+    enum hstu_tiles tiles = args->tiles == HSTU_TILES_ANY ? choose(args) : args->tiles;
+    return args->n / (tiles == HSTU_TILES_LARGE    ? large::COLUMNS
+                      : tiles == HSTU_TILES_MEDIUM ? medium::COLUMNS
+                                                   : small::COLUMNS);
+}
+
+int hstu_launch_project_sm90(const struct hstu_project_args *args, void *stream)
+{
+    switch (args->tiles == HSTU_TILES_ANY ? choose(args) : args->tiles) {
+    case HSTU_TILES_LARGE:
+        return launch<large>(args, (cudaStream_t)stream);
+    case HSTU_TILES_MEDIUM:
+        return launch<medium>(args, (cudaStream_t)stream);
+    default:
+        return launch<small>(args, (cudaStream_t)stream);
+    }
+}

@@ -1,0 +1,424 @@
+/* UVQK on Hopper, in one kernel with the norm before it and the activation after it:
+ * m = SiLU(bf16(LN(x) W + bias)), and K and V of rows with a slot to their page. No pass over
+ * [rows, E] comes before the product and none over [rows, 4HD] after it.
+ *
+ * The norm: LN(x) W = (x W' - mean * sums) / deviation + bias', with W' = weight o W, the sums of
+ * its columns, and the norm's own bias in bias'; what a row needs came with x, in parts
+ * (project_sm90.cu and the moments kernel write them). Sums are rounded to bf16 in registers,
+ * activated, and stored by way of a little shared memory. A block of many tiles does that while the
+ * tensor cores are at the next tile, a few columns after each step: SiLU, bound by the special
+ * function unit, takes a quarter of a product's time.
+ *
+ * Moves: x once per column block (from L2), W' once per two row blocks, m once; a page row once. */
+#include "gemm_sm90.cuh"
+
+#include <math.h>
+
+namespace
+{
+
+/* SHADOW: a tile is finished while the next one is multiplied; for blocks of many tiles. */
+struct large : shape<2, 256, 4, 2> {
+    static constexpr bool SHADOW = true;
+};
+struct small : shape<2, 128, 6, 1> {
+    static constexpr bool SHADOW = false;
+};
+
+/* Where this layer's K and V lie in the pool: per page K of every head, then V, `bytes` a page. */
+struct page_layout {
+    char *layer; /* in page 0 */
+    uint64_t bytes, head_bytes;
+    uint32_t heads, shift, dim_shift; /* log2 of a page's tokens, of the head dim */
+};
+
+struct parameters {
+    CUtensorMap x, b;
+    const hstu_moments *moments;
+    const float4 *fold; /* of two columns: sum, bias, sum, bias */
+    uint16_t *out;
+    const uint32_t *slot;
+    page_layout pages;
+    uint32_t rows, n, k, parts;
+    float part_share, value_share; /* 1 / parts, 1 / k */
+    float eps;
+};
+
+__device__ __forceinline__ void store_shared(uint32_t address, float2 v)
+{
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float4 v)
+{
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ float2 load_two(uint32_t address)
+{
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(v.x), "=f"(v.y)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float4 load_four(uint32_t address)
+{
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+/* ---- notes: what the consumers need to know of a tile's rows and columns once its sums are there.
+ * The warps beside the producer write them, a tile ahead ---- */
+
+constexpr uint32_t NOTE_THREADS = 96;
+
+template <typename S> struct tile_notes {
+    static constexpr uint32_t NORMS = S::OWN + 32; /* behind four barriers */
+    static constexpr uint32_t NORM_BYTES = S::ROWS * sizeof(float2);
+    static constexpr uint32_t BYTES = NORM_BYTES + S::COLUMNS * sizeof(hstu_fold);
+    static constexpr int SHARED = S::SHARED + 32 + 2 * BYTES;
+
+    uint32_t shared, tile; /* tile: how many there have been */
+
+    __device__ __forceinline__ uint32_t full() const
+    {
+        return shared + S::OWN + tile % 2 * 8;
+    }
+    __device__ __forceinline__ uint32_t empty() const
+    {
+        return shared + S::OWN + 16 + tile % 2 * 8;
+    }
+    /* LN's factor and summand of a row of the tile. */
+    __device__ __forceinline__ uint32_t norm(uint32_t row) const
+    {
+        return shared + NORMS + tile % 2 * BYTES + row * (uint32_t)sizeof(float2);
+    }
+    __device__ __forceinline__ uint32_t fold(uint32_t column) const
+    {
+        return shared + NORMS + tile % 2 * BYTES + NORM_BYTES +
+               column * (uint32_t)sizeof(hstu_fold);
+    }
+    /* One thread of the block, before the ring is opened. */
+    __device__ __forceinline__ void open()
+    {
+        for (tile = 0; tile < 2; tile++) {
+            sm90::barrier_init(full(), NOTE_THREADS);
+            sm90::barrier_init(empty(), S::GROUPS * 4);
+        }
+    }
+    __device__ __forceinline__ void wait_full() const
+    {
+        sm90::barrier_wait(full(), tile / 2 % 2);
+    }
+    __device__ __forceinline__ void wait_empty() const
+    {
+        sm90::barrier_wait(empty(), tile / 2 % 2 ^ 1);
+    }
+    /* Consumers: a warp has read them. */
+    __device__ __forceinline__ void release()
+    {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            sm90::barrier_arrive(empty());
+        tile++;
+    }
+};
+
+/* LN's factor and summand of a row. Means are summed from the first part's on, so that nothing
+ * large cancels. Batch parts are asked for at once. */
+template <int Batch> __device__ __forceinline__ float2 norm_of(const parameters &p, uint32_t row)
+{
+    const hstu_moments *part = p.moments + (uint64_t)row * p.parts;
+    float first = 0, off = 0, off_square = 0, square = 0;
+#pragma unroll 1
+    for (uint32_t i = 0; i < p.parts; i += Batch) {
+        hstu_moments m[Batch];
+#pragma unroll
+        for (uint32_t j = 0; j < Batch; j++)
+            m[j] = part[min(i + j, p.parts - 1)];
+        if (i == 0)
+            first = m[0].mean;
+#pragma unroll
+        for (uint32_t j = 0; j < Batch; j++) {
+            const bool in = i + j < p.parts;
+            const float d = in ? m[j].mean - first : 0.0f;
+            off += d;
+            off_square = fmaf(d, d, off_square);
+            square += in ? m[j].square : 0.0f;
+        }
+    }
+    off *= p.part_share;
+    const float variance = square * p.value_share + off_square * p.part_share - off * off;
+    const float factor = rsqrtf(variance + p.eps);
+    return make_float2(factor, -(first + off) * factor);
+}
+
+/* The note warps. */
+template <typename S> __device__ void note(const parameters &p, tile_notes<S> notes)
+{
+    schedule<S> tiles(p.rows, p.n);
+    const uint32_t thread = threadIdx.x - 32;
+    uint32_t row0, column0;
+    for (bool first = true; tiles.take(&row0, &column0); first = false, notes.tile++) {
+        notes.wait_empty();
+        for (uint32_t i = thread * 2; i < S::COLUMNS; i += NOTE_THREADS * 2)
+            store_shared(notes.fold(i), __ldg(p.fold + (column0 + i) / 2));
+        if (first)
+            sm90::dependency_wait();
+        for (uint32_t i = thread; i < S::ROWS && row0 + i < p.rows; i += NOTE_THREADS)
+            store_shared(notes.norm(i), norm_of < S::SHADOW ? 4 : 16 > (p, row0 + i));
+        sm90::barrier_arrive(notes.full());
+    }
+}
+
+/* ---- producer ---- */
+
+/* One thread. The first stages' b does not depend on the kernel before, so it is asked for first.
+ */
+template <typename S>
+__device__ void produce(const parameters &p, stage_ring<S> ring, tile_notes<S> notes)
+{
+    schedule<S> tiles(p.rows, p.n);
+    const uint32_t steps = p.k / S::DEPTH;
+    uint32_t row0, column0;
+    bool first = true;
+    while (tiles.take(&row0, &column0)) {
+        const uint32_t ahead = first ? min(steps, (uint32_t)S::STAGES) : 0;
+        auto start = ring;
+        for (uint32_t step = 0; step < ahead; step++) {
+            start.announce(S::STAGE_BYTES);
+            start.load_b(&p.b, step, column0, tiles.rank());
+            start.advance();
+        }
+        if (first) {
+            sm90::dependency_wait();
+            sm90::dependency_trigger(); /* all that the next one relies on has ended */
+            /* TMA starves ordinary loads: a short block's only ones come first. */
+            if (!S::SHADOW)
+                notes.wait_full();
+        }
+        first = false;
+        for (uint32_t step = 0; step < steps; step++) {
+            if (step >= ahead) {
+                ring.announce(S::STAGE_BYTES);
+                ring.load_b(&p.b, step, column0, tiles.rank());
+            }
+            sm90::load_box(ring.at(), &p.x, row0, step, ring.full(ring.stage));
+            ring.advance();
+        }
+    }
+}
+
+/* Where K or V of this column of m goes in page 0, slot 0; NULL for u and q. */
+__device__ __forceinline__ char *page_column(const parameters &p, uint32_t column)
+{
+    const uint32_t hd = p.n / 4, part = column / hd;
+    const uint32_t head = (part == 1) * p.pages.heads + (column - part * hd >> p.pages.dim_shift);
+    if (part == 0 || part == 2)
+        return nullptr;
+    return p.pages.layer + head * p.pages.head_bytes +
+           (column & ((1 << p.pages.dim_shift) - 1)) * 2;
+}
+
+/* Of the row with this slot, or none. */
+__device__ __forceinline__ void store_page(const parameters &p, char *column, uint32_t slot,
+                                           uint4 bits)
+{
+    if (slot == UINT32_MAX || !column)
+        return;
+    const uint64_t page = slot >> p.pages.shift, at = slot & ((1u << p.pages.shift) - 1);
+    *reinterpret_cast<uint4 *>(column + page * p.pages.bytes + (at << p.pages.dim_shift) * 2) =
+        bits;
+}
+
+__device__ __forceinline__ uint32_t activate(uint32_t pair)
+{
+    float2 x = mma::unpack(pair);
+    return mma::pack(mma::silu(x.x), mma::silu(x.y));
+}
+
+/* A warpgroup's tile between its products and memory: sums, normed, with bias, rounded to bf16.
+ * A thread's part, as wgmma lays sums out: rows lane / 4 and that + 8 of its warp's 16, columns
+ * 8i + 2 (lane % 4) and the next. */
+template <typename S> struct finished {
+    uint32_t word[S::COLUMNS / 4]; /* [i][row] */
+    uint32_t row0, column0;        /* of the tile */
+    uint32_t slot[4];              /* of the rows that this lane stores */
+};
+
+/* Columns 16 * piece and on: activated, to the warp's staging; every fourth time the 64 columns
+ * there go to memory. */
+template <typename S>
+__device__ __forceinline__ void finish(const parameters &p, const finished<S> &tile, int piece,
+                                       uint32_t staging, uint32_t warp)
+{
+    uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        word[i] = activate(tile.word[piece * 4 + i]);
+    stage_piece(staging, piece, word);
+    if (piece % 4 != 3)
+        return;
+    const uint32_t column = tile.column0 + piece / 4 * 64 + threadIdx.x % 8 * 8;
+    char *page = page_column(p, column);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t row = stored_row(tile.row0, warp, i);
+        uint4 bits = staged(staging, i);
+        if (row >= p.rows)
+            continue;
+        *reinterpret_cast<uint4 *>(p.out + (uint64_t)row * p.n + column) = bits;
+        store_page(p, page, tile.slot[i], bits);
+    }
+}
+
+/* One consumer warpgroup. */
+template <typename S>
+__device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> notes,
+                        uint32_t group)
+{
+    schedule<S> tiles(p.rows, p.n);
+    const uint32_t steps = p.k / S::DEPTH, thread = threadIdx.x % 128, lane = thread % 32;
+    const uint32_t warp = group * 4 + thread / 32;
+    const uint32_t staging = ring.shared + S::STAGING + warp * STAGING_BYTES;
+    uint32_t row0, column0;
+    float d[S::COLUMNS / 2];
+    finished<S> last = {}; /* of no row yet */
+    last.row0 = p.rows;
+    sm90::dependency_wait();
+    while (tiles.take(&row0, &column0)) {
+        uint32_t step = 0;
+#pragma unroll
+        for (int piece = 0; piece < (S::SHADOW ? S::PIECES : 1); piece++) {
+            const uint32_t until = S::SHADOW ? steps * (piece + 1) / S::PIECES : steps;
+#pragma unroll 1
+            for (; step < until; step++) {
+                sm90::barrier_wait(ring.full(ring.stage), ring.phase);
+                const uint32_t a = ring.at() + group * 64 * S::DEPTH * 2,
+                               b = ring.at() + S::A_BYTES;
+                sm90::wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < S::DEPTH / 16; i++)
+                    multiply<S::COLUMNS>(
+                        d, sm90::descriptor_k_major(a + i * 32),
+                        sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), step + i > 0);
+                sm90::wgmma_commit();
+                if (step > 0) { /* the stage before is read */
+                    wgmma_wait_but<1>();
+                    ring.release(ring.before());
+                }
+                ring.advance();
+            }
+            if (S::SHADOW)
+                finish<S>(p, last, piece, staging, warp);
+        }
+        notes.wait_full();
+        float2 norm[2];
+        for (int i = 0; i < 2; i++)
+            norm[i] = load_two(notes.norm(warp * 16 + lane / 4 + i * 8));
+        wgmma_wait_but<0>();
+        sm90::pin<S::COLUMNS / 2>(d);
+        ring.release(ring.before());
+#pragma unroll
+        for (int i = 0; i < S::COLUMNS / 8; i++) {
+            const float4 fold = load_four(notes.fold(i * 8 + lane % 4 * 2));
+#pragma unroll
+            for (int row = 0; row < 2; row++)
+                last.word[i * 2 + row] = mma::pack(
+                    fmaf(d[i * 4 + row * 2], norm[row].x, fmaf(norm[row].y, fold.x, fold.y)),
+                    fmaf(d[i * 4 + row * 2 + 1], norm[row].x, fmaf(norm[row].y, fold.z, fold.w)));
+        }
+        notes.release();
+        last.row0 = row0;
+        last.column0 = column0;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            last.slot[i] = __ldg(p.slot + min(stored_row(row0, warp, i), p.rows - 1));
+        if (!S::SHADOW)
+#pragma unroll
+            for (int piece = 0; piece < S::PIECES; piece++)
+                finish<S>(p, last, piece, staging, warp);
+    }
+    if (S::SHADOW)
+#pragma unroll
+        for (int piece = 0; piece < S::PIECES; piece++)
+            finish<S>(p, last, piece, staging, warp);
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::THREADS, 1) uvqk_kernel(const __grid_constant__ parameters p)
+{
+    extern __shared__ char memory[];
+    if (threadIdx.x == 0) {
+        sm90::map_prefetch(&p.x);
+        sm90::map_prefetch(&p.b);
+    }
+    const uint32_t shared = shared_base(memory);
+    tile_notes<S> notes = {shared, 0};
+    if (threadIdx.x == 0)
+        tile_notes<S>(notes).open();
+    run_block<S>(
+        shared,
+        [&](stage_ring<S> ring) {
+            if (threadIdx.x == 0)
+                produce<S>(p, ring, notes);
+            else if (threadIdx.x >= 32)
+                note<S>(p, notes);
+        },
+        [&](stage_ring<S> ring, uint32_t group) { consume<S>(p, ring, notes, group); });
+}
+
+template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t stream)
+{
+    parameters p = {};
+    int status = encode(&p.x, args->x, args->rows, args->k, S::ROWS, 1);
+    if (status == SKV_OK)
+        status = encode(&p.b, args->b, args->k, args->n, S::DEPTH, S::CHUNKS / S::CLUSTER);
+    if (status != SKV_OK)
+        return status;
+    p.moments = args->moments;
+    p.fold = (const float4 *)args->fold;
+    p.out = (uint16_t *)args->m;
+    p.slot = args->slot;
+    const skv_geometry &g = args->geometry;
+    p.pages.head_bytes = (uint64_t)g.page_tokens * g.head_dim * 2;
+    p.pages.bytes = p.pages.head_bytes * g.heads * 2 * g.layers;
+    p.pages.layer = (char *)args->pool + args->layer * 2 * g.heads * p.pages.head_bytes;
+    p.pages.heads = g.heads;
+    p.pages.shift = __builtin_ctz(g.page_tokens);
+    p.pages.dim_shift = __builtin_ctz(g.head_dim);
+    p.rows = args->rows;
+    p.n = args->n;
+    p.k = args->k;
+    p.parts = args->parts;
+    p.part_share = 1.0f / args->parts;
+    p.value_share = 1.0f / args->k;
+    p.eps = args->eps;
+    return launch_tiles<S>(uvqk_kernel<S>, p, tiles_of<S>(args->rows, args->n), args->sm_count,
+                           tile_notes<S>::SHARED, args->early, stream);
+}
+
+} // namespace
+
+int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream)
+{
+    bool is_large = args->tiles == HSTU_TILES_LARGE;
+    if (args->tiles == HSTU_TILES_ANY) {
+        /* Microseconds on an H100 (bench_gemm): starting and ending, and a round at k 1024. */
+        double depth = args->k / 1024.0;
+        is_large = 11 + 11.9 * depth * rounds_of<large>(args->rows, args->n, args->sm_count) <
+                   1 + 8 * depth * rounds_of<small>(args->rows, args->n, args->sm_count);
+    }
+    return is_large ? launch<large>(args, (cudaStream_t)stream)
+                    : launch<small>(args, (cudaStream_t)stream);
+}

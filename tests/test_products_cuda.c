@@ -1,0 +1,241 @@
+/* The two products of a layer with all that is fused to them (uvqk_sm90.cu, project_sm90.cu), every
+ * shape of tiles, against the separate kernels: norm, product, activation; product, moments. Results
+ * agree to a few flips of bf16's last bits, pages are exactly m, nothing else is written, and
+ * moments are those of the rows as they were stored. */
+#include <stdio.h>
+
+#include "cuda_bed.h"
+
+#define NEED_HOPPER()                                                                              \
+    do {                                                                                           \
+        int major_ = 0;                                                                            \
+        NEED_GPU();                                                                                \
+        CUDA(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, 0));               \
+        if (major_ != 9)                                                                           \
+            cr_skip_test("not a Hopper GPU");                                                      \
+    } while (0)
+
+/* Random bf16 on the device. */
+static void *random_on_device(uint64_t count, uint64_t seed, float low, float high)
+{
+    void *memory = on_device(NULL, count * 2);
+    cr_assert_eq(cuda_fill_random(memory, count, seed, low, high), SKV_OK);
+    return memory;
+}
+
+static uint16_t *to_host(const void *from, uint64_t bytes)
+{
+    uint16_t *memory = malloc(bytes);
+    CUDA(cudaMemcpy(memory, from, bytes, cudaMemcpyDeviceToHost));
+    return memory;
+}
+
+/* Close, and mostly the same bits: norms are rounded at other places. */
+static void check_close(const uint16_t *got, const uint16_t *want, uint64_t rows, uint64_t columns,
+                        const char *what)
+{
+    double sum = 0, scale = 0;
+    for (uint64_t i = 0; i < rows * columns; i++) {
+        float x = bf16_to_float(got[i]), y = bf16_to_float(want[i]);
+        cr_assert(fabsf(x - y) <= 0.03f * fmaxf(fabsf(y), 1.0f), "%s: row %lu column %lu: %f, not %f",
+                  what, (unsigned long)(i / columns), (unsigned long)(i % columns), x, y);
+        sum += fabsf(x - y);
+        scale += fabsf(y);
+    }
+    cr_expect(sum <= 0.004 * scale, "%s: off by %.5f of all", what, sum / scale);
+}
+
+static void check_moments(const struct hstu_moments *got, uint32_t parts, const uint16_t *x,
+                          uint32_t rows, uint32_t columns, const char *what)
+{
+    const uint32_t width = columns / parts;
+    for (uint64_t i = 0; i < (uint64_t)rows * parts; i++) {
+        double mean = 0, square = 0;
+        for (uint32_t k = 0; k < width; k++)
+            mean += bf16_to_float(x[i * width + k]);
+        mean /= width;
+        for (uint32_t k = 0; k < width; k++)
+            square += pow(bf16_to_float(x[i * width + k]) - mean, 2);
+        cr_assert(fabs(got[i].mean - mean) <= 1e-4 * sqrt(square / width) &&
+                      fabs(got[i].square - square) <= 1e-4 * square,
+                  "%s: row %lu part %lu: %f %f, not %f %f", what, (unsigned long)(i / parts),
+                  (unsigned long)(i % parts), got[i].mean, got[i].square, mean, square);
+    }
+}
+
+/* What struct hstu_uvqk_args says of b and fold, on the CPU. */
+static void fold_norm(uint16_t *b, const uint16_t *weight, const uint16_t *norm_bias,
+                      const uint16_t *bias, uint32_t k, uint32_t n, struct hstu_fold *fold)
+{
+    for (uint32_t j = 0; j < n; j++)
+        fold[j] = (struct hstu_fold){0, bf16_to_float(bias[j])};
+    for (uint64_t i = 0; i < k; i++)
+        for (uint32_t j = 0; j < n; j++) {
+            float w = bf16_to_float(b[i * n + j]);
+            b[i * n + j] = bf16_from_float(w * bf16_to_float(weight[i]));
+            fold[j].sum += bf16_to_float(b[i * n + j]);
+            fold[j].bias += w * bf16_to_float(norm_bias[i]);
+        }
+}
+
+static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hstu_tiles tiles)
+{
+    const uint32_t n = 4 * g.heads * g.head_dim, pages = rows / g.page_tokens + 2;
+    const uint64_t elements = (uint64_t)rows * n, pool_bytes = pages * skv_page_bytes(&g);
+    uint32_t *slot = malloc(rows * 4), *sequence = calloc(rows, 4);
+    for (uint32_t r = 0; r < rows; r++) /* every third row has none; backwards through the pool */
+        slot[r] = r % 3 == 2 ? UINT32_MAX : (pages * g.page_tokens - 1 - r);
+    const float most = 2.0f / sqrtf((float)k);
+    void *x = random_on_device((uint64_t)rows * k, rows, -0.7f, 1.7f); /* the mean is not 0 */
+    void *b = random_on_device((uint64_t)k * n, 2, -most, most);
+    void *bias = random_on_device(n, 3, -1, 1);
+    void *weight = random_on_device(k, 4, 0.5f, 1.5f);
+    void *norm_bias = random_on_device(k, 5, -0.5f, 0.5f);
+    void *normed = on_device(NULL, (uint64_t)rows * k * 2);
+    void *on_slot = on_device(slot, rows * 4), *on_sequence = on_device(sequence, rows * 4);
+    struct hstu_moments *moments = on_device(NULL, rows * sizeof *moments);
+    uint16_t *folded = to_host(b, (uint64_t)k * n * 2), *host_bias = to_host(bias, n * 2);
+    uint16_t *host_weight = to_host(weight, k * 2), *host_norm_bias = to_host(norm_bias, k * 2);
+    struct hstu_fold *fold = malloc(n * sizeof *fold);
+    fold_norm(folded, host_weight, host_norm_bias, host_bias, k, n, fold);
+    void *on_folded = on_device(folded, (uint64_t)k * n * 2);
+    void *on_fold = on_device(fold, n * sizeof *fold);
+    void *m[2], *pool[2];
+    for (int i = 0; i < 2; i++) {
+        m[i] = on_device(NULL, elements * 2);
+        pool[i] = on_device(NULL, pool_bytes);
+        CUDA(cudaMemset(m[i], 0xff, elements * 2));
+        CUDA(cudaMemset(pool[i], 0xff, pool_bytes));
+    }
+    struct hstu_norm_args norm = {.row_sequence = on_sequence,
+                                  .x = x,
+                                  .weight = weight,
+                                  .bias = norm_bias,
+                                  .out = normed,
+                                  .rows = rows,
+                                  .columns = k,
+                                  .eps = 1e-5f};
+    struct hstu_product_args product = {
+        .a = normed, .b = b, .extra = bias, .out = m[0], .rows = rows, .n = n, .k = k};
+    struct hstu_activate_args activate = {.row_sequence = on_sequence,
+                                          .slot = on_slot,
+                                          .m = m[0],
+                                          .pool = pool[0],
+                                          .geometry = g,
+                                          .rows = rows,
+                                          .layer = g.layers - 1};
+    struct hstu_moments_args rows_moments = {
+        .row_sequence = on_sequence, .x = x, .out = moments, .rows = rows, .columns = k};
+    struct hstu_uvqk_args fused = {.x = x,
+                                   .b = on_folded,
+                                   .moments = moments,
+                                   .fold = on_fold,
+                                   .m = m[1],
+                                   .pool = pool[1],
+                                   .slot = on_slot,
+                                   .geometry = g,
+                                   .layer = g.layers - 1,
+                                   .rows = rows,
+                                   .n = n,
+                                   .k = k,
+                                   .parts = 1,
+                                   .sm_count = 132,
+                                   .eps = 1e-5f,
+                                   .tiles = tiles};
+    cr_assert_eq(hstu_launch_norm(&norm, NULL), SKV_OK);
+    cr_assert_eq(hstu_launch_product(HSTU_PRODUCT_BIAS, &product, NULL), SKV_OK);
+    cr_assert_eq(hstu_launch_activate(&activate, NULL), SKV_OK);
+    cr_assert_eq(hstu_launch_moments(&rows_moments, NULL), SKV_OK);
+    cr_assert_eq(hstu_launch_uvqk_sm90(&fused, NULL), SKV_OK);
+    CUDA(cudaDeviceSynchronize());
+    uint16_t *host_x = to_host(x, (uint64_t)rows * k * 2);
+    struct hstu_moments *host_moments = (void *)to_host(moments, rows * sizeof *moments);
+    check_moments(host_moments, 1, host_x, rows, k, "moments");
+    uint16_t *host[2], *page = to_host(pool[1], pool_bytes);
+    for (int i = 0; i < 2; i++)
+        host[i] = to_host(m[i], elements * 2);
+    check_close(host[1], host[0], rows, n, "m");
+    /* The pages hold m's own bits, and nothing else changed. */
+    uint64_t written = 0;
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t i = 0; slot[r] != UINT32_MAX && i < 2 * n / 4; i++) {
+            uint32_t kv = i / (n / 4), at = i % (n / 4);
+            uint64_t to =
+                slot[r] / g.page_tokens * (skv_page_bytes(&g) / 2) +
+                hstu_page_offset(&g, g.layers - 1, kv, at / g.head_dim, slot[r] % g.page_tokens) +
+                at % g.head_dim;
+            cr_assert_eq(page[to], host[1][(uint64_t)r * n + (kv ? 1 : 3) * (n / 4) + at]);
+            written++;
+        }
+    for (uint64_t i = 0; i < pool_bytes / 2; i++)
+        written -= page[i] != 0xffff;
+    cr_expect_eq(written, 0, "only what has a slot is written");
+    for (int i = 0; i < 2; i++) {
+        cudaFree(m[i]), cudaFree(pool[i]);
+        free(host[i]);
+    }
+    cudaFree(x), cudaFree(b), cudaFree(bias), cudaFree(weight), cudaFree(norm_bias);
+    cudaFree(normed), cudaFree(on_slot), cudaFree(on_sequence), cudaFree(moments);
+    cudaFree(on_folded), cudaFree(on_fold);
+    free(slot), free(sequence), free(folded), free(host_bias), free(host_weight);
+    free(host_norm_bias), free(fold), free(host_x), free(host_moments), free(page);
+}
+
+static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles tiles)
+{
+    const uint64_t elements = (uint64_t)rows * n;
+    const float most = 2.0f / sqrtf((float)k);
+    char what[80];
+    snprintf(what, sizeof what, "%u rows, k %u, n %u, tiles %d", rows, k, n, (int)tiles);
+    void *y = random_on_device((uint64_t)rows * k, 7, -1, 1);
+    void *b = random_on_device((uint64_t)k * n, 2, -most, most), *x[2];
+    for (int i = 0; i < 2; i++)
+        x[i] = random_on_device(elements, 9, -1, 3);
+    struct hstu_moments *moments = on_device(NULL, (uint64_t)rows * (n / 64) * sizeof *moments);
+    struct hstu_product_args product = {.a = y, .b = b, .out = x[0], .rows = rows, .n = n, .k = k};
+    struct hstu_project_args fused = {.y = y,
+                                      .b = b,
+                                      .x = x[1],
+                                      .moments = moments,
+                                      .rows = rows,
+                                      .n = n,
+                                      .k = k,
+                                      .sm_count = 132,
+                                      .tiles = tiles};
+    cr_assert_eq(hstu_launch_product(HSTU_PRODUCT_RESIDUAL, &product, NULL), SKV_OK);
+    cr_assert_eq(hstu_launch_project_sm90(&fused, NULL), SKV_OK);
+    CUDA(cudaDeviceSynchronize());
+    const uint32_t parts = hstu_project_sm90_parts(&fused);
+    uint16_t *want = to_host(x[0], elements * 2), *got = to_host(x[1], elements * 2);
+    struct hstu_moments *new_moments =
+        (void *)to_host(moments, (uint64_t)rows * parts * sizeof *moments);
+    check_close(got, want, rows, n, what);
+    check_moments(new_moments, parts, got, rows, n, what);
+    cudaFree(y), cudaFree(b), cudaFree(moments), cudaFree(x[0]), cudaFree(x[1]);
+    free(want), free(got), free(new_moments);
+}
+
+Test(products_cuda, uvqk_equals_norm_product_and_activation)
+{
+    NEED_HOPPER();
+    for (int i = 0; i < 2; i++) {
+        enum hstu_tiles tiles = i ? HSTU_TILES_SMALL : HSTU_TILES_LARGE;
+        check_uvqk(64, 64, (struct skv_geometry){1, 1, 64, 16}, tiles);
+        check_uvqk(320, 192, (struct skv_geometry){2, 2, 128, 32}, tiles);
+        check_uvqk(384, 1024, (struct skv_geometry){1, 4, 256, 32}, tiles);
+        check_uvqk(2304, 1024, (struct skv_geometry){1, 4, 256, 128}, tiles);
+        check_uvqk(5120, 512, (struct skv_geometry){2, 4, 128, 64}, tiles);
+    }
+}
+
+Test(products_cuda, projection_equals_product_and_residual)
+{
+    NEED_HOPPER();
+    for (enum hstu_tiles tiles = HSTU_TILES_LARGE; tiles <= HSTU_TILES_SMALL; tiles++) {
+        check_project(64, 64, 256, tiles);
+        check_project(384, 1024, 1024, tiles);
+        check_project(1000, 512, 512, tiles);
+        check_project(9000, 1024, 1024, tiles);
+    }
+    check_project(320, 128, 192, HSTU_TILES_SMALL);
+}
