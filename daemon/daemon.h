@@ -82,7 +82,7 @@ struct daemon {
     struct options options;
     struct skv_device *device;
     struct skv_pool *pool;
-    struct skv_store *claimed; /* locked and being checked, until it is on its way; or NULL */
+    struct skv_store *claimed; /* prepared, then locked and being checked, until it is on its way */
     struct arrival *arrival;   /* it is; or NULL: it is there, or there is none */
     struct skv_bell arrival_bell;
     int arrival_status;      /* why it does not come */

@@ -161,16 +161,24 @@ static int make_pool(struct daemon *daemon)
     }
 }
 
-/* Before the device is opened: the store's check runs in a child process meanwhile. */
-static int claim_store(struct daemon *daemon)
+/* Forks the process that checks the store: before there are threads or a device. */
+static int prepare_store(struct daemon *daemon)
 {
     const struct options *o = &daemon->options;
-    if (!o->store)
+    return o->store ? skv_store_prepare(
+                          &(struct skv_store_options){.path = o->store, .geometry = o->geometry},
+                          &daemon->claimed)
+                    : SKV_OK;
+}
+
+/* Its check runs from here on. */
+static int claim_store(struct daemon *daemon)
+{
+    if (!daemon->claimed)
         return SKV_OK;
-    make_parent(o->store);
-    const struct skv_store_options options = {.path = o->store, .geometry = o->geometry};
+    make_parent(daemon->options.store);
     int status;
-    while ((status = skv_store_claim(&options, &daemon->claimed)) == SKV_EBUSY &&
+    while ((status = skv_store_claim(daemon->claimed)) == SKV_EBUSY &&
            worth_waiting(daemon->start_by_ns, "store"))
         ;
     return status;
@@ -223,8 +231,8 @@ static int open_all(struct daemon *daemon)
         return status;
     daemon->stats.epoll = strcmp(what, "epoll") == 0;
     daemon->pool_requested = o->pool_bytes;
-    if ((status = skv_kept_open(daemon)) || (status = claim_store(daemon)) ||
-        (status = skv_device_open(o->device, &daemon->device)))
+    if ((status = prepare_store(daemon)) || (status = skv_kept_open(daemon)) ||
+        (status = claim_store(daemon)) || (status = skv_device_open(o->device, &daemon->device)))
         return status;
     if (skv_device_info(daemon->device)->mps)
         skv_warn("this daemon runs under MPS: " SKV_MPS_RISK);
