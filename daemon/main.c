@@ -236,7 +236,7 @@ static int open_all(struct daemon *daemon)
         return status;
     if (skv_device_info(daemon->device)->mps)
         skv_warn("this daemon runs under MPS: " SKV_MPS_RISK);
-    options_defaults(o, skv_device_info(daemon->device));
+    options_defaults(o, daemon->device);
     /* For tests, on the host backend: copies as slow as a slow device's. */
     const char *delay = getenv("SIDEKV_TEST_COPY_DELAY_US");
     if (delay)
