@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -25,7 +26,9 @@ static uint64_t tokens[200];
 
 static struct {
     int socket;
+    struct sockaddr_un address;
     pthread_t thread;
+    sem_t heard; /* "HEARD": all that was said before it */
     pthread_mutex_t lock;
     uint32_t count, ready;
     struct {
@@ -65,9 +68,18 @@ static void *manage(void *unused)
         ssize_t got = skv_receive_fds(manager.socket, text, sizeof text - 1, fds, &count, 0);
         if (got > 0 && strcmp(text, "END") == 0)
             return unused;
-        if (got > 0)
+        if (got > 0 && strcmp(text, "HEARD") == 0)
+            sem_post(&manager.heard);
+        else if (got > 0)
             take(text, fds, count);
     }
+}
+
+static void tell_manager(const char *text)
+{
+    int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    sendto(fd, text, strlen(text), 0, (struct sockaddr *)&manager.address, sizeof manager.address);
+    close(fd);
 }
 
 static uint32_t stored(const char *prefix)
@@ -109,9 +121,14 @@ static void give_fds(void)
     setenv("LISTEN_FDNAMES", names, 1);
 }
 
+/* What the one before has said is heard first: systemd too reads its notify socket before it looks
+ * at who has died. */
 static void start_keeper(void)
 {
     char program[512];
+    tell_manager("HEARD");
+    while (sem_wait(&manager.heard))
+        ;
     rig_program(program, sizeof program);
     strcpy(strrchr(program, '/'), "/sidekv-keeper");
     pthread_mutex_lock(&manager.lock);
@@ -190,14 +207,16 @@ static void expect_all_there(void)
 
 static void set_up(void)
 {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct sockaddr_un *address = &manager.address;
     for (uint32_t i = 0; i < 200; i++)
         tokens[i] = i + 1;
     rig_init(&rig);
-    snprintf(address.sun_path, sizeof address.sun_path, "%s/notify", rig.directory);
+    address->sun_family = AF_UNIX;
+    snprintf(address->sun_path, sizeof address->sun_path, "%s/notify", rig.directory);
     manager.socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    cr_assert_eq(bind(manager.socket, (struct sockaddr *)&address, sizeof address), 0);
-    setenv("NOTIFY_SOCKET", address.sun_path, 1);
+    cr_assert_eq(bind(manager.socket, (struct sockaddr *)address, sizeof *address), 0);
+    sem_init(&manager.heard, 0, 0);
+    setenv("NOTIFY_SOCKET", address->sun_path, 1);
     setenv("SIDEKV_TEST_NO_PAUSE", "1", 1);
     setenv("SIDEKV_LOG", "warn", 0);
     cr_assert_eq(pthread_create(&manager.thread, NULL, manage, NULL), 0);
@@ -209,12 +228,9 @@ static void set_up(void)
 
 static void tear_down(void)
 {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
     skv_close(skv);
     rig_stop(&rig, SIGTERM);
-    snprintf(address.sun_path, sizeof address.sun_path, "%s/notify", rig.directory);
-    int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-    sendto(fd, "END", 4, 0, (struct sockaddr *)&address, sizeof address);
+    tell_manager("END");
     pthread_join(manager.thread, NULL);
     rig_fini(&rig);
 }
