@@ -13,7 +13,9 @@
  * When the keeper dies: sidekvd notices and goes on without one (see kept.c). Under systemd the
  * keeper has the manager hold copies of all that it holds (FDSTORE), and of sidekvd's pidfd:
  * sidekvd then ends, and the keeper that systemd starts next kills what is left of it, takes the
- * copies back, and goes on. */
+ * copies back, and goes on. systemd has heard all that a keeper said before it starts the next one:
+ * it reads its notify socket before it looks at who has died. A daemon that was started early and
+ * was given nothing ends when its keeper has gone. */
 #include "keeper.h"
 
 #include <errno.h>
@@ -410,7 +412,7 @@ static int watch(const struct child *daemon, struct child *next)
         if (fds[2].revents) {
             drop_life();
             /* One that ends in order has hung up before. */
-            if (listening && held.whole && !stopping && (hurry || lived_long(daemon)))
+            if (listening && held.whole && !stopping && !next->pid && (hurry || lived_long(daemon)))
                 start(next);
         }
     }

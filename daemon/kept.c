@@ -174,6 +174,10 @@ static int receive(struct kept *kept)
             continue;
         while (count)
             close(fds[--count]);
+        if (got == 0) {
+            skv_error("the keeper has gone before it gave what it holds");
+            return SKV_EAGAIN;
+        }
         skv_error("the keeper's messages make no sense: %s",
                   got < 0 ? strerror(errno) : "install it and sidekvd from one release");
         return SKV_EPROTO;

@@ -1,6 +1,7 @@
 /* A keeper under a service manager with an fd store: the test plays systemd. It takes the keeper's
  * messages and fds, and starts the next keeper with the fds that were not dropped, in the manager's
- * own way (LISTEN_FDS). What dies meanwhile: keeper, daemon, both. */
+ * own way (LISTEN_FDS). What dies meanwhile: keeper, daemon, both, a daemon that the keeper has
+ * started early. */
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -8,11 +9,13 @@
 #include <pthread.h>
 #include <semaphore.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 
 #include "daemon_rig.h"
 #include "device.h"
 #include "fdpass.h"
+#include "slow_death.h"
 
 #define USERS 12u
 #define MOST  64u  /* fds that the manager may keep */
@@ -250,14 +253,48 @@ Test(fdstore, the_manager_holds_all_that_a_successor_needs)
     cr_expect(becomes("worker-", 0), "a session that has ended is dropped");
 }
 
+static void expect_all_held(void)
+{
+    cr_expect(becomes("sidekvd", 1) && becomes("table", 1) && becomes("worker-", 1));
+}
+
 Test(fdstore, a_killed_keeper_is_a_hot_restart)
 {
     for (int round = 0; round < 3; round++) {
         rig_stop(&rig, SIGKILL);
         start_keeper();
         expect_all_there();
-        cr_expect(becomes("sidekvd", 1) && becomes("table", 1) && becomes("worker-", 1));
+        expect_all_held();
     }
+}
+
+/* At any step of the next daemon's start. */
+Test(fdstore, a_keeper_killed_soon_after_its_daemon_is_a_hot_restart)
+{
+    static const useconds_t after_us[] = {0, 500, 1000, 2000, 5000, 10000, 20000, 50000};
+    for (size_t i = 0; i < sizeof after_us / sizeof *after_us; i++) {
+        kill((pid_t)skv_server(skv)->pid, SIGKILL);
+        usleep(after_us[i]);
+        rig_stop(&rig, SIGKILL);
+        start_keeper();
+        expect_all_there();
+        expect_all_held();
+    }
+}
+
+Test(fdstore, a_keeper_killed_while_the_next_daemon_waits)
+{
+    pid_t daemon = (pid_t)skv_server(skv)->pid, next = kill_slowly(rig.daemon, daemon), pids[4];
+    struct pollfd end = {.fd = (int)syscall(SYS_pidfd_open, next, 0), .events = POLLIN};
+    rig_stop(&rig, SIGKILL);
+    cr_expect_eq(poll(&end, 1, 20000), 1, "it waits on, for nobody");
+    close(end.fd);
+    start_keeper();
+    poll(NULL, 0, 200); /* it comes as far as it will */
+    cr_expect_eq(children(rig.daemon, pids), 0, "it did not wait for the daemon to be gone");
+    let_die(daemon);
+    expect_all_there();
+    expect_all_held();
 }
 
 Test(fdstore, a_daemon_that_outlives_its_keeper_is_ended_by_the_next)

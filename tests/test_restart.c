@@ -7,12 +7,12 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <sys/ptrace.h>
 
 #include "clock.h"
 #include "daemon_rig.h"
 #include "every_backend.h"
 #include "page_bytes.h"
+#include "slow_death.h"
 
 #define USERS 40u
 #define MOST  160u /* tokens of a history */
@@ -629,72 +629,13 @@ ON_EVERY_BACKEND(an_open_batch_is_answered_and_its_commit_lost)
 
 /* ---- a daemon that takes long to die ---- */
 
-/* The keeper's children. */
-static uint32_t children(pid_t pids[4])
-{
-    char path[64], line[256] = "";
-    uint32_t count = 0;
-    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)rig.daemon, (int)rig.daemon);
-    FILE *file = fopen(path, "re");
-    if (!file)
-        cr_skip_test("no list of children in /proc");
-    if (!fgets(line, sizeof line, file))
-        line[0] = 0;
-    fclose(file);
-    for (char *at = line, *end; count < 4; at = end) {
-        pids[count] = (pid_t)strtol(at, &end, 10);
-        if (end == at)
-            break;
-        count++;
-    }
-    return count;
-}
-
-static uint64_t memfds_of(pid_t pid)
-{
-    char command[128], line[32] = "";
-    snprintf(command, sizeof command, "ls -l /proc/%d/fd | grep -c memfd:sidekv", (int)pid);
-    FILE *pipe = popen(command, "re");
-    bool read = pipe && fgets(line, sizeof line, pipe);
-    if (pipe)
-        pclose(pipe);
-    return read ? strtoull(line, NULL, 10) : UINT64_MAX;
-}
-
-/* Kills the daemon, and holds its main thread up on its way out: its other threads are gone, its
- * files, its memory and its locks are there. Returns the next daemon, which waits. */
-static pid_t kill_slowly(pid_t daemon)
-{
-    pid_t pids[4] = {0};
-    int status = 0;
-    if (ptrace(PTRACE_SEIZE, daemon, NULL, PTRACE_O_TRACEEXIT))
-        cr_skip_test("no ptrace() here");
-    kill(daemon, SIGKILL);
-    cr_assert_eq(waitpid(daemon, &status, __WALL), daemon);
-    if (status >> 8 != (SIGTRAP | PTRACE_EVENT_EXIT << 8))
-        cr_skip_test("a kernel that does not stop who is killed");
-    for (int i = 0; i < 10000 && children(pids) < 2; i++)
-        poll(NULL, 0, 1);
-    cr_assert_eq(children(pids), 2, "no next daemon is started");
-    pid_t next = pids[pids[0] == daemon];
-    poll(NULL, 0, 200); /* it comes as far as it will */
-    cr_expect_eq(memfds_of(next), 0, "it has the tables of a daemon that is not gone");
-    cr_expect_eq(children(pids), 2, "it did not wait");
-    return next;
-}
-
-static void let_die(pid_t daemon)
-{
-    cr_assert_eq(ptrace(PTRACE_DETACH, daemon, NULL, 0), 0);
-}
-
 ON_EVERY_BACKEND(the_next_one_waits_until_it_is_gone)
 {
     stage(backend);
     start();
     fill();
     for (int round = 0; round < 3; round++) {
-        pid_t before = (pid_t)skv_server(skv)->pid, next = kill_slowly(before);
+        pid_t before = (pid_t)skv_server(skv)->pid, next = kill_slowly(rig.daemon, before);
         if (round == 2)
             kill(next, SIGKILL); /* another one is started */
         let_die(before);
@@ -713,7 +654,7 @@ ON_EVERY_BACKEND(the_next_one_is_called_off_when_the_keeper_is_to_end)
     stage(backend);
     start();
     fill();
-    pid_t before = (pid_t)skv_server(skv)->pid, next = kill_slowly(before);
+    pid_t before = (pid_t)skv_server(skv)->pid, next = kill_slowly(rig.daemon, before);
     int status;
     kill(rig.daemon, SIGTERM);
     poll(NULL, 0, 50);
@@ -723,6 +664,34 @@ ON_EVERY_BACKEND(the_next_one_is_called_off_when_the_keeper_is_to_end)
     rig.daemon = 0;
     cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGKILL);
     cr_expect(kill(next, 0) != 0, "it was left behind");
+}
+
+/* Whoever there is of them: the daemon, the next one that waits, the one after that. */
+ON_EVERY_BACKEND(killed_again_before_it_serves)
+{
+    stage(backend);
+    start();
+    fill();
+    for (int round = 0; round < 12; round++) {
+        pid_t before = (pid_t)skv_server(skv)->pid, pids[4] = {before};
+        uint32_t count = 1;
+        for (int again = 0; again < 4; again++) {
+            for (uint32_t i = 0; i < count; i++)
+                kill(pids[i], SIGKILL);
+            poll(NULL, 0, round);
+            if (again < 3)
+                count = children(rig.daemon, pids);
+        }
+        for (uint32_t i = 0; i < count; i++)
+            while (kill(pids[i], 0) == 0)
+                poll(NULL, 0, 1);
+        await_new_daemon((uint32_t)before);
+        check_all(skv_now_ns());
+        await_store();
+        for (uint32_t u = 0; u < USERS; u += 5)
+            serve(u, known[u].committed + 1);
+    }
+    cr_expect(nothing_leaks());
 }
 
 /* ---- the keeper ---- */
