@@ -32,8 +32,8 @@
 #define SKV_DEFAULT_SPIN_US    50u
 #define SKV_SPIN_CORES         4u  /* fewer, and the default is not to spin */
 #define SKV_SLEEP_SLICE_MS     100 /* a sleeping caller looks for `lost` at least this often */
-#define SKV_BACKOFF_MS         10u /* the first pause of a reconnect; doubles up to */
-#define SKV_BACKOFF_SOON_MS    20u /* in the first second: a keeper's next daemon comes soon */
+#define SKV_BACKOFF_MS         5u  /* the first pause of a reconnect; doubles up to */
+#define SKV_BACKOFF_SOON_MS    5u  /* in the first second: a keeper's next daemon comes soon */
 #define SKV_BACKOFF_MAX_MS     500u
 #define SKV_KEEP_MAPPED_MS     1000u /* the old pool stays mapped this long while nobody has it */
 #define SKV_TAIL_RETRIES       3 /* echoes of a differing tail before the user's hit is given up */

@@ -55,7 +55,7 @@
     X(keeper_part, "a part of a pool is held")                                                     \
     X(keeper_unwhole, "the last part is held, the pool does not count as whole")                   \
     X(keeper_pidfd, "a worker's pidfd is held")                                                    \
-    X(keeper_reaped, "the daemon is gone, no new one started")                                     \
+    X(keeper_reaped, "the daemon is gone, no new one was given anything")                          \
     X(keeper_started, "a new daemon runs, and was given nothing")                                  \
     X(keeper_giving, "a new daemon was given some of the fds")
 #define SKV_CLIENT_POINTS(X)                                                                       \

@@ -81,8 +81,9 @@ struct request {
 struct daemon {
     struct options options;
     struct skv_device *device;
+    int device_status; /* of opening it */
     struct skv_pool *pool;
-    struct skv_store *claimed; /* locked and being checked, until it is on its way; or NULL */
+    struct skv_store *claimed; /* prepared, then locked and being checked, until it is on its way */
     struct arrival *arrival;   /* it is; or NULL: it is there, or there is none */
     struct skv_bell arrival_bell;
     int arrival_status;      /* why it does not come */
@@ -107,6 +108,7 @@ struct daemon {
     uint64_t started_ns, now_ns;
     uint32_t wall_s;      /* seconds since the epoch, of the last millisecond */
     uint64_t kept_ns;     /* housekeeping's last; 0 after a sleep: due, and the wall clock too */
+    uint64_t free_ns;     /* since when the daemon of before is gone */
     uint64_t start_by_ns; /* --start-wait's end */
     uint64_t accept_ns;   /* not accepting till then */
     uint64_t store_checked_ns; /* watermarks looked at */

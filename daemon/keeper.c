@@ -8,10 +8,14 @@
  *                      a failed first start (it never served): the keeper ends with its status
  *                      anything else: started anew, at once, with growing pauses when it does not
  *                      live for a second
+ * One that is being killed says so before it is gone (KEEPER_LIFE): the next one is started then,
+ * and opens its device meanwhile, but gets nothing until the one before has been reaped.
  * When the keeper dies: sidekvd notices and goes on without one (see kept.c). Under systemd the
  * keeper has the manager hold copies of all that it holds (FDSTORE), and of sidekvd's pidfd:
  * sidekvd then ends, and the keeper that systemd starts next kills what is left of it, takes the
- * copies back, and goes on. */
+ * copies back, and goes on. systemd has heard all that a keeper said before it starts the next one:
+ * it reads its notify socket before it looks at who has died. A daemon that was started early and
+ * was given nothing ends when its keeper has gone. */
 #include "keeper.h"
 
 #include <errno.h>
@@ -46,15 +50,26 @@ static struct {
     uint32_t extents;
     uint64_t extent_bytes;
     int table, sessions;
+    int life; /* of the daemon that runs: see KEEPER_LIFE */
     bool whole;
     struct {
         uint64_t id;
         int pidfd;
     } workers[KEEPER_SESSIONS];
     uint32_t worker_count;
-} held = {.table = -1, .sessions = -1};
+} held = {.table = -1, .sessions = -1, .life = -1};
 
+struct child {
+    pid_t pid;  /* 0: there is none */
+    int socket; /* our end */
+    uint64_t began_ns;
+};
+
+static char **command;   /* sidekvd's */
+static sigset_t signals; /* that signal_fd tells */
+static int signal_fd;
 static bool stopping;    /* SIGTERM or SIGINT came */
+static bool hurry;       /* for tests: no pauses */
 static int manager = -1; /* systemd, which holds copies; -1: there is none */
 
 /* ---- the copies ---- */
@@ -101,6 +116,13 @@ static void drop_all(void)
         close(held.workers[--held.worker_count].pidfd);
         copy(-1, WORKER_NAME, (unsigned long long)held.workers[held.worker_count].id);
     }
+}
+
+static void drop_life(void)
+{
+    if (held.life >= 0)
+        close(held.life);
+    held.life = -1;
 }
 
 /* What an earlier keeper's daemon may still do to the pool ends here. */
@@ -215,6 +237,11 @@ static void hold(const struct keeper_message *m, int *fds, uint32_t count)
     case KEEPER_GONE:
         forget_worker(m->id);
         break;
+    case KEEPER_LIFE:
+        drop_life();
+        if (count)
+            held.life = fds[taken++];
+        break;
     }
     while (taken < count)
         close(fds[taken++]);
@@ -255,9 +282,15 @@ static int say(int socket, enum keeper_kind kind, uint64_t id, const int *fds, u
     return skv_send_fds(socket, &m, sizeof m, fds, count, 0);
 }
 
-/* Gives the new daemon what is held; it keeps being held. */
-static void give(int socket)
+/* Gives the new daemon what is held; it keeps being held. The daemon before it is gone. */
+static void give(const struct child *daemon)
 {
+    int socket = daemon->socket;
+    int pidfd = manager >= 0 ? (int)syscall(SYS_pidfd_open, daemon->pid, 0) : -1;
+    if (pidfd >= 0) {
+        copy(pidfd, DAEMON_NAME);
+        close(pidfd);
+    }
     if (!held.whole)
         drop_all();
     int failed = 0;
@@ -279,7 +312,7 @@ static void give(int socket)
 }
 
 /* sidekvd beside this program, else the one in PATH. */
-static void run(char **argv)
+static void run(void)
 {
     char path[4096];
     ssize_t length = readlink("/proc/self/exe", path, sizeof path - sizeof "sidekvd");
@@ -288,23 +321,23 @@ static void run(char **argv)
         path[length] = '\0';
         slash = strrchr(path, '/');
     }
-    argv[0] = "sidekvd";
+    command[0] = "sidekvd";
     if (slash) {
         strcpy(slash + 1, "sidekvd");
-        execv(path, argv);
+        execv(path, command);
     }
-    execvp("sidekvd", argv);
+    execvp("sidekvd", command);
     skv_error("sidekvd: neither beside this program nor in PATH: %s", strerror(errno));
     _exit(127);
 }
 
-/* Starts it; *socket is our end. Returns its pid, or -1. */
-static pid_t start(char **argv, const sigset_t *signals, int *socket)
+/* Starts it; it waits until it is given what is held. */
+static bool start(struct child *daemon)
 {
     int pair[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
         skv_error("socketpair: %s", strerror(errno));
-        return -1;
+        return false;
     }
     pid_t pid = fork();
     if (pid == 0) {
@@ -313,34 +346,38 @@ static pid_t start(char **argv, const sigset_t *signals, int *socket)
         snprintf(number, sizeof number, "%d", fd);
         setenv(KEEPER_FD, number, 1);
         setpgid(0, 0); /* a terminal's Ctrl-C comes once: from us */
-        sigprocmask(SIG_UNBLOCK, signals, NULL);
-        run(argv);
+        sigprocmask(SIG_UNBLOCK, &signals, NULL);
+        run();
     }
     close(pair[1]);
     if (pid < 0) {
         skv_error("fork: %s", strerror(errno));
         close(pair[0]);
-        return -1;
-    }
-    int pidfd = manager >= 0 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
-    if (pidfd >= 0) { /* before it has anything of the pool */
-        copy(pidfd, DAEMON_NAME);
-        close(pidfd);
+        return false;
     }
     setsockopt(pair[0], SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = GIVE_S},
                sizeof(struct timeval));
+    *daemon = (struct child){.pid = pid, .socket = pair[0], .began_ns = skv_now_ns()};
     skv_failpoint(FAIL_keeper_started);
-    give(pair[0]);
-    *socket = pair[0];
-    return pid;
+    return true;
+}
+
+/* Ends one that was started and will not be needed; it was given nothing. */
+static void call_off(const struct child *daemon)
+{
+    if (!daemon->pid)
+        return;
+    kill(daemon->pid, SIGKILL);
+    waitpid(daemon->pid, NULL, 0);
+    close(daemon->socket);
 }
 
 /* ---- watching it ---- */
 
-static void take_signals(int signals, pid_t pid)
+static void take_signals(pid_t pid)
 {
     struct signalfd_siginfo info;
-    while (read(signals, &info, sizeof info) == sizeof info)
+    while (read(signal_fd, &info, sizeof info) == sizeof info)
         if (info.ssi_signo != SIGCHLD) {
             stopping = true;
             if (pid > 0)
@@ -348,27 +385,41 @@ static void take_signals(int signals, pid_t pid)
         }
 }
 
-/* Until it has ended and been reaped. Returns its wait status. */
-static int watch(pid_t pid, int socket, int signals)
+static bool lived_long(const struct child *daemon)
+{
+    return skv_now_ns() - daemon->began_ns >= SHORT_LIFE_NS;
+}
+
+/* Until it has ended and been reaped. Returns its wait status. *next: who is to follow it, where
+ * that was clear before. */
+static int watch(const struct child *daemon, struct child *next)
 {
     bool listening = true;
     int status;
     for (;;) {
-        pid_t got = waitpid(pid, &status, WNOHANG);
-        if (got == pid || (got < 0 && errno == ECHILD))
+        pid_t got = waitpid(daemon->pid, &status, WNOHANG);
+        if (got == daemon->pid || (got < 0 && errno == ECHILD))
             break;
-        struct pollfd fds[2] = {{.fd = signals, .events = POLLIN},
-                                {.fd = listening ? socket : -1, .events = POLLIN}};
-        if (poll(fds, 2, -1) < 0 && errno != EINTR)
+        struct pollfd fds[3] = {{.fd = signal_fd, .events = POLLIN},
+                                {.fd = listening ? daemon->socket : -1, .events = POLLIN},
+                                {.fd = held.life, .events = POLLIN}};
+        if (poll(fds, 3, -1) < 0 && errno != EINTR)
             skv_error("poll: %s", strerror(errno));
         if (fds[0].revents)
-            take_signals(signals, pid);
+            take_signals(daemon->pid);
         if (fds[1].revents)
-            listening = listen_to(socket);
+            listening = listen_to(daemon->socket);
+        if (fds[2].revents) {
+            drop_life();
+            /* One that ends in order has hung up before. */
+            if (listening && held.whole && !stopping && !next->pid && (hurry || lived_long(daemon)))
+                start(next);
+        }
     }
     if (listening)
-        listen_to(socket); /* what it said last */
-    close(socket);
+        listen_to(daemon->socket); /* what it said last */
+    close(daemon->socket);
+    drop_life();
     return status;
 }
 
@@ -390,42 +441,50 @@ static bool is_over(int status, bool served, int *code)
     return WIFEXITED(status) && *code != KEEPER_RESTART && !served;
 }
 
-static int keep(char **argv, const sigset_t *signals, int signal_fd)
+/* Waits before the next one, unless it is told to stop. */
+static void rest(uint32_t ms)
+{
+    struct pollfd wait = {.fd = signal_fd, .events = POLLIN};
+    for (uint64_t until = skv_now_ns() + ms * UINT64_C(1000000); !stopping && skv_now_ns() < until;)
+        if (poll(&wait, 1, (int)((until - skv_now_ns()) / 1000000 + 1)) > 0)
+            take_signals(0);
+}
+
+static int keep(void)
 {
     uint32_t short_lives = 0, pause_ms = 0;
-    bool served = false, hurry = getenv("SIDEKV_TEST_NO_PAUSE") != NULL; /* for tests */
+    bool served = false;
+    struct child next = {0};
     for (;;) {
-        int socket, code;
-        uint64_t begin = skv_now_ns();
-        pid_t pid = start(argv, signals, &socket);
-        if (pid < 0)
+        if (!next.pid && !start(&next))
             return 1;
-        int status = watch(pid, socket, signal_fd);
+        struct child daemon = next;
+        next.pid = 0;
+        give(&daemon);
+        int status = watch(&daemon, &next), code;
         copy(-1, DAEMON_NAME);
         skv_failpoint(FAIL_keeper_reaped);
         served = served || held.whole;
-        if (is_over(status, served, &code))
+        if (is_over(status, served, &code)) {
+            call_off(&next);
             return code;
+        }
         if (code == KEEPER_RESTART) {
             skv_info("a planned restart: starting sidekvd anew, with %u extents and %u workers",
                      held.whole ? held.extents : 0, held.worker_count);
             continue;
         }
-        short_lives = skv_now_ns() - begin < SHORT_LIFE_NS ? short_lives + 1 : 0;
+        short_lives = lived_long(&daemon) ? 0 : short_lives + 1;
         pause_ms = short_lives < 2 || hurry ? 0 : pause_ms ? pause_ms * 2 : PAUSE_MS;
         if (pause_ms > PAUSE_MAX_MS)
             pause_ms = PAUSE_MAX_MS;
         char text[64];
         skv_error("sidekvd (pid %d) ended with %s: starting it anew%s; %u extents and %u workers "
                   "are kept",
-                  (int)pid, end_text(status, text, sizeof text),
+                  (int)daemon.pid, end_text(status, text, sizeof text),
                   pause_ms ? " after a pause, for it does not live long" : "",
                   held.whole ? held.extents : 0, held.worker_count);
-        struct pollfd wait = {.fd = signal_fd, .events = POLLIN};
-        for (uint64_t until = skv_now_ns() + pause_ms * UINT64_C(1000000);
-             !stopping && skv_now_ns() < until;)
-            if (poll(&wait, 1, (int)((until - skv_now_ns()) / 1000000 + 1)) > 0)
-                take_signals(signal_fd, 0);
+        rest(pause_ms);
         if (stopping)
             return code;
     }
@@ -443,13 +502,12 @@ int main(int argc, char **argv)
         files.rlim_cur = files.rlim_max;
         setrlimit(RLIMIT_NOFILE, &files);
     }
-    sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGINT);
     sigaddset(&signals, SIGCHLD);
     sigprocmask(SIG_BLOCK, &signals, NULL);
-    int signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+    signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
     if (signal_fd < 0) {
         skv_error("signalfd: %s", strerror(errno));
         return 1;
@@ -458,6 +516,8 @@ int main(int argc, char **argv)
     if (manager >= 0)
         setsockopt(manager, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = GIVE_S},
                    sizeof(struct timeval));
+    hurry = getenv("SIDEKV_TEST_NO_PAUSE") != NULL;
+    command = argv;
     take_all_back();
-    return keep(argv, &signals, signal_fd);
+    return keep();
 }

@@ -2,9 +2,9 @@
  * new daemon needs to go on where a killed one stopped.
  *
  * The keeper starts sidekvd with one end of a SOCK_SEQPACKET pair, its number in SIDEKV_KEEPER_FD.
- * First the keeper speaks: what it holds (nothing the first time), then KEEPER_END. From then on
- * only the daemon does; the same messages in the other direction say what to hold. The keeper looks
- * into none of it. */
+ * First the keeper speaks: what it holds (nothing the first time), then KEEPER_END; not before the
+ * daemon of before is gone. From then on only the daemon does; the same messages in the other
+ * direction say what to hold. The keeper looks into none of it. */
 #ifndef SKV_KEEPER_H
 #define SKV_KEEPER_H
 
@@ -27,6 +27,7 @@ enum keeper_kind {
     KEEPER_WORKER, /* a worker's pidfd; session `id` */
     KEEPER_GONE,   /* daemon: session `id` needs no pidfd any more */
     KEEPER_END,    /* keeper: that was all; id: KEEPER_SUCCEEDED, or 0 */
+    KEEPER_LIFE,   /* daemon: a pipe's end that hangs up as soon as it is being killed */
 };
 
 /* Another keeper follows this one when it dies, with all that it held (systemd's fd store): the

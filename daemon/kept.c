@@ -2,7 +2,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/close_range.h>
 #include <poll.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -27,6 +31,58 @@ static void close_fd(int *fd)
     if (*fd >= 0)
         close(*fd);
     *fd = -1;
+}
+
+/* ---- being killed ---- */
+
+struct guard {
+    int fd;
+    bool alone;
+    sem_t ready;
+};
+
+/* A process that is killed closes its files last, after its memory, and some of a GPU's take long:
+ * the keeper would hear of it late. Its threads die at once. This one has a table of descriptors of
+ * its own, with nothing in it but the end of a pipe. */
+static void *stand_guard(void *context)
+{
+    struct guard *guard = context;
+    unsigned fd = (unsigned)guard->fd;
+    bool alone = syscall(SYS_close_range, fd + 1, ~0u, CLOSE_RANGE_UNSHARE) == 0 &&
+                 syscall(SYS_close_range, 0u, fd - 1, 0u) == 0;
+    guard->alone = alone;
+    sem_post(&guard->ready); /* `guard` ends here */
+    if (!alone)
+        return NULL;
+    for (;;)
+        pause();
+}
+
+/* Returns the pipe's other end, or -1: the keeper will do without. */
+static int post_guard(void)
+{
+    int ends[2];
+    pthread_t thread;
+    sigset_t all, before;
+    if (pipe2(ends, O_CLOEXEC))
+        return -1;
+    struct guard guard = {.fd = ends[1]};
+    sem_init(&guard.ready, 0, 0);
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS); /* as everywhere; see sigbus.h */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&thread, NULL, stand_guard, &guard) == 0) {
+        pthread_setname_np(thread, "skv-guard");
+        pthread_detach(thread);
+        while (sem_wait(&guard.ready))
+            ;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    sem_destroy(&guard.ready);
+    close(ends[1]);
+    if (!guard.alone)
+        close_fd(&ends[0]);
+    return ends[0];
 }
 
 /* ---- what an earlier daemon left ---- */
@@ -118,6 +174,10 @@ static int receive(struct kept *kept)
             continue;
         while (count)
             close(fds[--count]);
+        if (got == 0) {
+            skv_error("the keeper has gone before it gave what it holds");
+            return SKV_EAGAIN;
+        }
         skv_error("the keeper's messages make no sense: %s",
                   got < 0 ? strerror(errno) : "install it and sidekvd from one release");
         return SKV_EPROTO;
@@ -175,7 +235,7 @@ int skv_kept_open(struct daemon *daemon)
 {
     struct kept *kept = &daemon->kept;
     const char *number = getenv(KEEPER_FD);
-    *kept = (struct kept){.socket = -1, .table_fd = -1, .sessions_fd = -1};
+    *kept = (struct kept){.socket = -1, .life = -1, .table_fd = -1, .sessions_fd = -1};
     if (!number)
         return SKV_OK;
     int fd = atoi(number);
@@ -185,7 +245,14 @@ int skv_kept_open(struct daemon *daemon)
         return SKV_EINVAL;
     }
     kept->socket = fd;
-    int status = receive(kept);
+    kept->life = post_guard();
+    return SKV_OK;
+}
+
+int skv_kept_take(struct daemon *daemon)
+{
+    struct kept *kept = &daemon->kept;
+    int status = kept->socket < 0 ? SKV_OK : receive(kept);
     if (status)
         return status;
     const char *why = kept->handles.extents ? check_left(daemon) : NULL;
@@ -356,6 +423,9 @@ static void on_death(void *context, int32_t result)
 void skv_kept_watch(struct daemon *daemon)
 {
     struct kept *kept = &daemon->kept;
+    if (kept->life >= 0)
+        say(kept, KEEPER_LIFE, 0, 0, &kept->life, 1, 0);
+    close_fd(&kept->life);
     kept->watch = (struct watch){.done = on_keeper, .context = daemon};
     if (kept->socket >= 0)
         loop_poll(daemon->loop, &kept->watch, kept->socket, POLLIN | POLLRDHUP);
@@ -369,6 +439,7 @@ void skv_kept_close(struct daemon *daemon)
 {
     drop_left(&daemon->kept);
     close_fd(&daemon->kept.socket);
+    close_fd(&daemon->kept.life);
 }
 
 void skv_kept_disown(struct daemon *daemon)

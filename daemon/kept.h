@@ -26,6 +26,7 @@ struct kept_worker {
 
 struct kept {
     int socket; /* to the keeper; -1: there is none */
+    int life;   /* the end of a pipe that the keeper gets; -1: there is none */
     bool adopted;
     bool holds;     /* the keeper has the pool */
     bool succeeded; /* should the keeper die, another one follows with what it had: then */
@@ -38,9 +39,11 @@ struct kept {
     uint32_t worker_count, unsettled;
 };
 
-/* At the start, in this order. open: takes what the keeper holds, drops what does not fit the
- * options. take_pool: the pool of before; SKV_ENOENT: there is none, make one. */
+/* At the start, in this order. open: finds the keeper, while there are few descriptors yet. take:
+ * waits until the daemon of before is gone, takes what the keeper holds, and drops what does not
+ * fit the options. take_pool: the pool of before; SKV_ENOENT: there is none, make one. */
 int skv_kept_open(struct daemon *daemon);
+int skv_kept_take(struct daemon *daemon);
 int skv_kept_take_pool(struct daemon *daemon);
 /* The pool and the table (writable `table_fd`) are made: hands them to the keeper. */
 void skv_kept_hand_over(struct daemon *daemon, int table_fd);

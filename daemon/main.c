@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,8 +28,8 @@
 #define PROTECT_EXTENTS 128u /* of a protected pool: several for each of many workers */
 #define PROTECT_FEW     16u  /* fewer are worth a warning */
 #define ARRIVAL_NS                                                                                 \
-    UINT64_C(50000000) /* a hot restart waits for its store: small ones are there, and no request  \
-                          is served without */
+    UINT64_C(50000000) /* a hot restart waits for its store, from its claim on: small ones are     \
+                          there, and no request is served without */
 
 /* Makes the directory that the path lies in, if it is missing: one level, as a runtime directory
  * is. */
@@ -161,19 +162,67 @@ static int make_pool(struct daemon *daemon)
     }
 }
 
-/* Before the device is opened: the store's check runs in a child process meanwhile. */
-static int claim_store(struct daemon *daemon)
+/* Forks the process that checks the store: before there are threads or a device. */
+static int prepare_store(struct daemon *daemon)
 {
     const struct options *o = &daemon->options;
-    if (!o->store)
+    return o->store ? skv_store_prepare(
+                          &(struct skv_store_options){.path = o->store, .geometry = o->geometry},
+                          &daemon->claimed)
+                    : SKV_OK;
+}
+
+/* Its check runs from here on. */
+static int claim_store(struct daemon *daemon)
+{
+    if (!daemon->claimed)
         return SKV_OK;
-    make_parent(o->store);
-    const struct skv_store_options options = {.path = o->store, .geometry = o->geometry};
+    make_parent(daemon->options.store);
     int status;
-    while ((status = skv_store_claim(&options, &daemon->claimed)) == SKV_EBUSY &&
+    while ((status = skv_store_claim(daemon->claimed)) == SKV_EBUSY &&
            worth_waiting(daemon->start_by_ns, "store"))
         ;
     return status;
+}
+
+/* All that there is one of: waits until whoever had it before is gone. */
+static int claim_all(struct daemon *daemon)
+{
+    int status = skv_kept_take(daemon);
+    daemon->free_ns = skv_now_ns();
+    daemon->start_by_ns = daemon->free_ns + (uint64_t)daemon->options.start_wait_ms * 1000000;
+    if (!status)
+        status = claim(daemon->options.socket, daemon->start_by_ns);
+    return status ? status : claim_store(daemon);
+}
+
+static void *open_device(void *context)
+{
+    struct daemon *daemon = context;
+    daemon->device_status = skv_device_open(daemon->options.device, &daemon->device);
+    return NULL;
+}
+
+/* A GPU takes longer to open than all the rest of a start, and can be while an earlier daemon still
+ * has it: a thread does it. */
+static int claim_all_and_open_device(struct daemon *daemon)
+{
+    pthread_t opener;
+    int error = pthread_create(&opener, NULL, open_device, daemon);
+    if (error) {
+        skv_error("starting a thread for the device: %s", strerror(error));
+        return SKV_ENOMEM;
+    }
+    int status = claim_all(daemon);
+    pthread_join(opener, NULL);
+    if (status)
+        return status;
+    while (daemon->device_status == SKV_ENOMEM && worth_waiting(daemon->start_by_ns, "memory"))
+        open_device(daemon);
+    skv_debug("given what is kept %llu ms after the start, the device open after %llu ms",
+              (unsigned long long)((daemon->free_ns - daemon->started_ns) / 1000000),
+              (unsigned long long)((skv_now_ns() - daemon->started_ns) / 1000000));
+    return daemon->device_status;
 }
 
 /* After a hot restart: the users whose pages are in the pool already. */
@@ -217,18 +266,17 @@ static int open_all(struct daemon *daemon)
 {
     struct options *o = &daemon->options;
     const char *what;
-    int status = loop_open(&daemon->loop, o->epoll, &what);
-    daemon->start_by_ns = daemon->started_ns + (uint64_t)o->start_wait_ms * 1000000;
-    if (status || (status = claim(o->socket, daemon->start_by_ns)))
+    int status = prepare_store(daemon);
+    if (status || (status = skv_kept_open(daemon)) ||
+        (status = loop_open(&daemon->loop, o->epoll, &what)))
         return status;
     daemon->stats.epoll = strcmp(what, "epoll") == 0;
     daemon->pool_requested = o->pool_bytes;
-    if ((status = skv_kept_open(daemon)) || (status = claim_store(daemon)) ||
-        (status = skv_device_open(o->device, &daemon->device)))
+    if ((status = claim_all_and_open_device(daemon)))
         return status;
     if (skv_device_info(daemon->device)->mps)
         skv_warn("this daemon runs under MPS: " SKV_MPS_RISK);
-    options_defaults(o, skv_device_info(daemon->device));
+    options_defaults(o, daemon->device);
     /* For tests, on the host backend: copies as slow as a slow device's. */
     const char *delay = getenv("SIDEKV_TEST_COPY_DELAY_US");
     if (delay)
@@ -253,8 +301,8 @@ static int open_all(struct daemon *daemon)
     daemon->table->pages = pages;
     /* A new pool has nothing to serve; that of an earlier daemon is not kept from anybody. */
     if ((status = open_cache(daemon)) || (status = skv_arrival_start(daemon)) ||
-        (status = skv_arrival_await(daemon,
-                                    daemon->kept.adopted ? skv_now_ns() + ARRIVAL_NS : UINT64_MAX)))
+        (status = skv_arrival_await(daemon, daemon->kept.adopted ? daemon->free_ns + ARRIVAL_NS
+                                                                 : UINT64_MAX)))
         return status;
     if (made >= 0) { /* no keeper has the pool of a start that fails */
         skv_kept_hand_over(daemon, made);

@@ -284,14 +284,15 @@ static uint64_t least(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-void options_defaults(struct options *o, const struct skv_device_info *device)
+void options_defaults(struct options *o, struct skv_device *device)
 {
-    bool cuda = device->kind == SKV_DEVICE_CUDA;
+    bool cuda = skv_device_info(device)->kind == SKV_DEVICE_CUDA;
     uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     uint64_t page = skv_page_bytes(&o->geometry);
     if (!o->pool_bytes && cuda) {
-        uint64_t room = device->free_bytes / 4 > 8 * GIB ? device->free_bytes / 4 : 8 * GIB;
-        o->pool_bytes = device->free_bytes > room ? device->free_bytes - room : 64 * page;
+        uint64_t free_bytes = skv_device_free_bytes(device);
+        uint64_t room = free_bytes / 4 > 8 * GIB ? free_bytes / 4 : 8 * GIB;
+        o->pool_bytes = free_bytes > room ? free_bytes - room : 64 * page;
     } else if (!o->pool_bytes) {
         o->pool_bytes = least(memory / 8, 4 * GIB);
     }

@@ -23,6 +23,6 @@ struct options {
 int options_parse(int argc, char **argv, struct options *out);
 
 /* Replaces the sizes that are 0 by what suits the device and this machine. */
-void options_defaults(struct options *options, const struct skv_device_info *device);
+void options_defaults(struct options *options, struct skv_device *device);
 
 #endif

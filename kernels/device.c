@@ -116,6 +116,11 @@ const struct skv_device_info *skv_device_info(const struct skv_device *device)
     return &device->info;
 }
 
+uint64_t skv_device_free_bytes(struct skv_device *device)
+{
+    return device->backend->memory_available(device);
+}
+
 void skv_device_delay(struct skv_device *device, uint64_t delay_us)
 {
     if (device->backend->delay)

@@ -31,9 +31,8 @@ struct skv_device_info {
     int ordinal;          /* CUDA device number; 0 on the host */
     char name[64];        /* "host", or the GPU's name */
     uint8_t uuid[16];     /* the GPU's; on the host derived from the boot id */
-    uint64_t total_bytes; /* device memory, in all and free when opened */
-    uint64_t free_bytes;
-    bool mps; /* an MPS client */
+    uint64_t total_bytes; /* device memory */
+    bool mps;             /* an MPS client */
 };
 
 /* `name`: "auto", "host", "cuda" or "cuda:N". auto takes the first GPU, or the host, and logs which
@@ -46,6 +45,8 @@ int skv_device_open_uuid(enum skv_device_kind kind, const uint8_t uuid[16],
 /* Close its pools and streams first. Memory still allocated or registered is given back. */
 void skv_device_close(struct skv_device *device);
 const struct skv_device_info *skv_device_info(const struct skv_device *device);
+/* Device memory that is free now, in bytes. */
+uint64_t skv_device_free_bytes(struct skv_device *device);
 
 /* ---- the pool ---- */
 

@@ -89,7 +89,6 @@ static void describe(struct skv_cuda_device *cuda)
     skv_cuda.cuDeviceGetUuid(&uuid, cuda->ordinal);
     memcpy(info->uuid, uuid.bytes, sizeof info->uuid);
     skv_cuda.cuMemGetInfo(&free_bytes, &total_bytes);
-    info->free_bytes = free_bytes;
     info->total_bytes = total_bytes;
     info->mps = attribute(cuda->ordinal, CU_DEVICE_ATTRIBUTE_MPS_ENABLED) != 0;
     cuda->read_only_registration =

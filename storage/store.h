@@ -42,20 +42,23 @@ struct skv_store_options {
     enum skv_durability durability;
 };
 
-/* Takes the store's lock, making the store if it is missing, and starts the check of what is in it:
- * in a child process, forked here, so call it before there are threads or a device; the child ends
- * with the calling thread. Of the options, path and geometry count. Follow with
- * skv_store_open_claimed() or skv_store_close(). SKV_EBUSY: another daemon has it; SKV_EGEOMETRY:
- * made for another geometry (both logged); SKV_ECORRUPT: not a store (a directory with other files
- * in it is left alone); SKV_ENOTSUP: made by a later sidekvd, and left alone. */
-int skv_store_claim(const struct skv_store_options *options, struct skv_store **out);
+/* Forks the process that will check the store, so call it before there are threads or a device; the
+ * child ends with the calling thread. The store itself is not touched. Of the options, path and
+ * geometry count. Follow with skv_store_claim() or skv_store_close(). */
+int skv_store_prepare(const struct skv_store_options *options, struct skv_store **out);
+/* Takes the store's lock, making the store if it is missing, and has the check of what is in it
+ * begin. Follow with skv_store_open_claimed() or skv_store_close(). SKV_EBUSY: another daemon has
+ * it, try again; SKV_EGEOMETRY: made for another geometry (both logged); SKV_ECORRUPT: not a store
+ * (a directory with other files in it is left alone); SKV_ENOTSUP: made by a later sidekvd, and
+ * left alone. */
+int skv_store_claim(struct skv_store *store);
 /* Waits for the check, then opens the store; any thread. After an unclean reboot under `process`,
  * or when the check did not pass, it starts cold: the old data.mdb is removed; that is logged and
  * counted. Where it fails the store is left to skv_store_close(). */
 int skv_store_open_claimed(struct skv_store *store, const struct skv_store_options *options);
 /* From another thread: it need not wait any longer, and returns SKV_EAGAIN. */
 void skv_store_open_abandon(struct skv_store *store);
-/* Both. */
+/* All three. */
 int skv_store_open(const struct skv_store_options *options, struct skv_store **out);
 /* Sets the clean mark, syncs, closes. NULL is fine, and a store that is only claimed. */
 void skv_store_close(struct skv_store *store);

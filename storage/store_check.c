@@ -2,12 +2,12 @@
  * starting. What the walk cannot survive (a SIGBUS of a file that cannot be read, a bug of ours met
  * by bytes nobody thought of) then ends the child, not the daemon.
  *
- * The child is forked, so it should be started before there are threads or a device. It closes
- * every descriptor but data.mdb's: the store's lock stays the parent's alone. It ends with the
- * thread that started it. What it found comes back in a page of shared memory; only a verdict
- * written there counts. A child that makes no progress for STUCK_NS is killed: no verdict (a slow
- * disk makes progress). A child that somebody else killed has said nothing of the store: the start
- * fails. */
+ * The child is forked, so this is done before there are threads or a device; it waits until the
+ * store is claimed. It closes every descriptor that it has of its parent, whose store's lock and
+ * device stay the parent's alone, and ends with the thread that forked it. What it found comes back
+ * in a page of shared memory; only a verdict written there counts. A child that makes no progress
+ * for STUCK_NS is killed: no verdict (a slow disk makes progress). A child that somebody else
+ * killed has said nothing of the store: the start fails. */
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -42,19 +43,45 @@ static void close_all_but(int fd)
     syscall(SYS_close_range, (unsigned)fd + 1, ~0u, 0u);
 }
 
-static _Noreturn void run_child(const struct skv_store *store, int fd, pid_t parent,
-                                struct skv_tree_report *report)
+/* Opens, maps and walks data.mdb. 0, SKV_ECORRUPT, or why it could not. */
+static int check(const struct skv_store *store, struct skv_tree_report *report)
 {
+    char path[PATH_MAX];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/data.mdb", store->path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0 || fstat(fd, &st)) {
+        int error = errno;
+        skv_error("store: cannot open %s: %s", path, strerror(error));
+        return skv_errno_status(error);
+    }
+    if (st.st_size == 0) {
+        snprintf(report->why, sizeof report->why, "the file is empty");
+        return SKV_ECORRUPT;
+    }
+    size_t bytes = (size_t)st.st_size;
+    void *file = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
+    if (file == MAP_FAILED)
+        return skv_errno_status(errno);
+    madvise(file, bytes, MADV_RANDOM);
+    return skv_tree_walk(store, file, bytes, report);
+}
+
+static _Noreturn void run_child(const struct skv_store *store, pid_t parent)
+{
+    struct skv_tree_report *report = store->check.report;
     static const int fatal[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGTERM, SIGINT};
     const char *test = getenv(TEST_CHECK);
-    struct stat st;
+    eventfd_t claimed;
     for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
         signal(fatal[i], SIG_DFL);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent)
         _exit(1);
     setrlimit(RLIMIT_CORE, &(struct rlimit){0});
-    close_all_but(fd);
+    close_all_but(store->check.claimed);
+    if (eventfd_read(store->check.claimed, &claimed))
+        _exit(1);
     if (test && strcmp(test, "crash") == 0)
         raise(SIGSEGV);
     while (test && strcmp(test, "hang") == 0)
@@ -63,55 +90,36 @@ static _Noreturn void run_child(const struct skv_store *store, int fd, pid_t par
         atomic_fetch_add_explicit(&report->progress, 1, memory_order_relaxed);
         usleep(1000);
     }
-    int rc = fstat(fd, &st) ? skv_errno_status(errno) : 0;
-    if (rc == 0 && st.st_size > 0) {
-        size_t bytes = (size_t)st.st_size;
-        void *file = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
-        if (file == MAP_FAILED) {
-            rc = skv_errno_status(errno);
-        } else {
-            madvise(file, bytes, MADV_RANDOM);
-            rc = skv_tree_walk(store, file, bytes, report);
-        }
-    } else if (rc == 0) {
-        snprintf(report->why, sizeof report->why, "the file is empty");
-        rc = SKV_ECORRUPT;
-    }
-    report->status = rc;
+    report->status = check(store, report);
     atomic_store_explicit(&report->verdict, true, memory_order_release);
     _exit(0);
 }
 
-int skv_check_start(struct skv_store *store, const char *path)
+int skv_check_fork(struct skv_store *store)
 {
     struct skv_check *check = &store->check;
-    char file[PATH_MAX];
-    snprintf(file, sizeof file, "%s/data.mdb", path);
-    int fd = open(file, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) {
-        int error = errno;
-        skv_error("store: cannot open %s: %s", file, strerror(error));
-        return skv_errno_status(error);
-    }
     check->report = mmap(NULL, sizeof *check->report, PROT_READ | PROT_WRITE,
                          MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (check->report == MAP_FAILED) {
         check->report = NULL;
-        close(fd);
         return SKV_ENOMEM;
     }
-    check->started_ns = skv_now_ns();
     pid_t parent = getpid();
-    check->child = fork();
+    check->claimed = eventfd(0, EFD_CLOEXEC);
+    check->child = check->claimed < 0 ? -1 : fork();
     if (check->child == 0)
-        run_child(store, fd, parent, check->report);
-    int error = errno;
-    close(fd);
+        run_child(store, parent);
     if (check->child > 0)
         return 0;
-    skv_error("store: cannot start the process that checks it: %s", strerror(error));
+    skv_error("store: cannot start the process that checks it: %s", strerror(errno));
     skv_check_stop(store);
     return SKV_ENOMEM;
+}
+
+int skv_check_start(struct skv_store *store)
+{
+    store->check.started_ns = skv_now_ns();
+    return eventfd_write(store->check.claimed, 1) ? skv_errno_status(errno) : 0;
 }
 
 /* Until the child is gone. Returns how waitpid() tells it. */
@@ -179,8 +187,11 @@ void skv_check_stop(struct skv_store *store)
         kill(check->child, SIGKILL);
         await_child(check);
     }
-    if (check->report)
+    if (check->report) {
         munmap(check->report, sizeof *check->report);
+        if (check->claimed >= 0)
+            close(check->claimed);
+    }
     check->child = 0;
     check->report = NULL;
 }

@@ -331,14 +331,14 @@ static int open_warm_or_cold(struct skv_store *store, const struct skv_store_opt
     return rc || !unsynced ? rc : skv_state_write(state);
 }
 
-static int check_geometry(const struct skv_store_options *options, const struct skv_geometry *has)
+static int check_geometry(const struct skv_store *store, const struct skv_geometry *has)
 {
-    const struct skv_geometry *want = &options->geometry;
+    const struct skv_geometry *want = &store->geometry;
     if (memcmp(want, has, sizeof *has) == 0)
         return 0;
     skv_error("store %s holds pages of %u layers, %u heads, head dim %u, %u tokens; asked for %u "
               "layers, %u heads, head dim %u, %u tokens: use another directory, or remove this one",
-              options->path, has->layers, has->heads, has->head_dim, has->page_tokens, want->layers,
+              store->path, has->layers, has->heads, has->head_dim, has->page_tokens, want->layers,
               want->heads, want->head_dim, want->page_tokens);
     return SKV_EGEOMETRY;
 }
@@ -353,7 +353,7 @@ static const char *distrust_unseen(const struct skv_store *store, bool has_data)
     return why || has_data ? why : "data.mdb is missing";
 }
 
-int skv_store_claim(const struct skv_store_options *options, struct skv_store **out)
+int skv_store_prepare(const struct skv_store_options *options, struct skv_store **out)
 {
     if (!options->path || skv_geometry_check(&options->geometry)) {
         skv_error("store: needs a path and a geometry");
@@ -370,20 +370,26 @@ int skv_store_claim(const struct skv_store_options *options, struct skv_store **
                           LMDB_PAGE_BYTES * LMDB_PAGE_BYTES;
     store->state.fd = -1;
     store->path = strdup(options->path);
-    int rc = store->path ? skv_state_open(options->path, &store->state, &store->fresh) : SKV_ENOMEM;
-    if (rc == 0 && !store->fresh)
-        rc = check_geometry(options, &store->state.geometry);
-    if (rc == 0) {
-        bool data = has_data(options->path);
-        store->distrusted = distrust_unseen(store, data);
-        if (data && !store->distrusted)
-            rc = skv_check_start(store, options->path);
-    }
-    if (rc) {
+    int rc = store->path ? skv_check_fork(store) : SKV_ENOMEM;
+    if (rc)
         skv_store_close(store);
+    else
+        *out = store;
+    return rc;
+}
+
+int skv_store_claim(struct skv_store *store)
+{
+    int rc = skv_state_open(store->path, &store->state, &store->fresh);
+    if (rc == 0 && !store->fresh)
+        rc = check_geometry(store, &store->state.geometry);
+    if (rc)
         return rc;
-    }
-    *out = store;
+    bool data = has_data(store->path);
+    store->distrusted = distrust_unseen(store, data);
+    if (data && !store->distrusted)
+        return skv_check_start(store);
+    skv_check_stop(store); /* there is nothing to look at */
     return 0;
 }
 
@@ -409,10 +415,12 @@ int skv_store_open_claimed(struct skv_store *store, const struct skv_store_optio
 int skv_store_open(const struct skv_store_options *options, struct skv_store **out)
 {
     struct skv_store *store;
-    int rc = skv_store_claim(options, &store);
+    int rc = skv_store_prepare(options, &store);
     if (rc)
         return rc;
-    rc = skv_store_open_claimed(store, options);
+    rc = skv_store_claim(store);
+    if (rc == 0)
+        rc = skv_store_open_claimed(store, options);
     if (rc)
         skv_store_close(store);
     else

@@ -29,7 +29,8 @@ struct skv_tree_report {
 
 struct skv_check {
     pid_t child;                    /* 0: none runs */
-    struct skv_tree_report *report; /* NULL: not started */
+    struct skv_tree_report *report; /* NULL: there is, or was, no child */
+    int claimed;                    /* eventfd that the child waits for */
     uint64_t started_ns;
     bool stuck;
     _Atomic bool abandoned; /* by any thread: nobody waits for it any more */
@@ -110,8 +111,10 @@ void skv_store_publish(struct skv_store *store, struct skv_usage usage);
 int skv_tree_walk(const struct skv_store *store, const uint8_t *file, uint64_t bytes,
                   struct skv_tree_report *report);
 
-/* store_check.c: the same in a child process. Follow with skv_check_stop(). */
-int skv_check_start(struct skv_store *store, const char *path);
+/* store_check.c: the same in a child process, which begins when it is told to start. Follow with
+ * skv_check_stop(). */
+int skv_check_fork(struct skv_store *store);
+int skv_check_start(struct skv_store *store);
 /* Its verdict, as skv_tree_walk() (crashed and stuck are SKV_ECORRUPT); store->check.report has
  * more. */
 int skv_check_wait(struct skv_store *store);

@@ -158,7 +158,7 @@ static inline void fuzz_start(bool store)
     d->generation_limit = UINT64_MAX;
     skv_peers_init(d);
     FUZZ_MUST(loop_open(&d->loop, true, &what) == 0);
-    FUZZ_MUST(skv_kept_open(d) == 0);
+    FUZZ_MUST(skv_kept_open(d) == 0 && skv_kept_take(d) == 0);
     FUZZ_MUST(skv_device_open("host", &d->device) == 0);
     FUZZ_MUST(!store || skv_store_open(&(struct skv_store_options){.path = fuzz_rig.store,
                                                                    .geometry = fuzz_geometry,

@@ -1,17 +1,21 @@
 /* A keeper under a service manager with an fd store: the test plays systemd. It takes the keeper's
  * messages and fds, and starts the next keeper with the fds that were not dropped, in the manager's
- * own way (LISTEN_FDS). What dies meanwhile: keeper, daemon, both. */
+ * own way (LISTEN_FDS). What dies meanwhile: keeper, daemon, both, a daemon that the keeper has
+ * started early. */
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 
 #include "daemon_rig.h"
 #include "device.h"
 #include "fdpass.h"
+#include "slow_death.h"
 
 #define USERS 12u
 #define MOST  64u  /* fds that the manager may keep */
@@ -25,7 +29,9 @@ static uint64_t tokens[200];
 
 static struct {
     int socket;
+    struct sockaddr_un address;
     pthread_t thread;
+    sem_t heard; /* "HEARD": all that was said before it */
     pthread_mutex_t lock;
     uint32_t count, ready;
     struct {
@@ -65,9 +71,18 @@ static void *manage(void *unused)
         ssize_t got = skv_receive_fds(manager.socket, text, sizeof text - 1, fds, &count, 0);
         if (got > 0 && strcmp(text, "END") == 0)
             return unused;
-        if (got > 0)
+        if (got > 0 && strcmp(text, "HEARD") == 0)
+            sem_post(&manager.heard);
+        else if (got > 0)
             take(text, fds, count);
     }
+}
+
+static void tell_manager(const char *text)
+{
+    int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    sendto(fd, text, strlen(text), 0, (struct sockaddr *)&manager.address, sizeof manager.address);
+    close(fd);
 }
 
 static uint32_t stored(const char *prefix)
@@ -109,9 +124,14 @@ static void give_fds(void)
     setenv("LISTEN_FDNAMES", names, 1);
 }
 
+/* What the one before has said is heard first: systemd too reads its notify socket before it looks
+ * at who has died. */
 static void start_keeper(void)
 {
     char program[512];
+    tell_manager("HEARD");
+    while (sem_wait(&manager.heard))
+        ;
     rig_program(program, sizeof program);
     strcpy(strrchr(program, '/'), "/sidekv-keeper");
     pthread_mutex_lock(&manager.lock);
@@ -190,14 +210,16 @@ static void expect_all_there(void)
 
 static void set_up(void)
 {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct sockaddr_un *address = &manager.address;
     for (uint32_t i = 0; i < 200; i++)
         tokens[i] = i + 1;
     rig_init(&rig);
-    snprintf(address.sun_path, sizeof address.sun_path, "%s/notify", rig.directory);
+    address->sun_family = AF_UNIX;
+    snprintf(address->sun_path, sizeof address->sun_path, "%s/notify", rig.directory);
     manager.socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    cr_assert_eq(bind(manager.socket, (struct sockaddr *)&address, sizeof address), 0);
-    setenv("NOTIFY_SOCKET", address.sun_path, 1);
+    cr_assert_eq(bind(manager.socket, (struct sockaddr *)address, sizeof *address), 0);
+    sem_init(&manager.heard, 0, 0);
+    setenv("NOTIFY_SOCKET", address->sun_path, 1);
     setenv("SIDEKV_TEST_NO_PAUSE", "1", 1);
     setenv("SIDEKV_LOG", "warn", 0);
     cr_assert_eq(pthread_create(&manager.thread, NULL, manage, NULL), 0);
@@ -209,12 +231,9 @@ static void set_up(void)
 
 static void tear_down(void)
 {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
     skv_close(skv);
     rig_stop(&rig, SIGTERM);
-    snprintf(address.sun_path, sizeof address.sun_path, "%s/notify", rig.directory);
-    int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-    sendto(fd, "END", 4, 0, (struct sockaddr *)&address, sizeof address);
+    tell_manager("END");
     pthread_join(manager.thread, NULL);
     rig_fini(&rig);
 }
@@ -234,14 +253,48 @@ Test(fdstore, the_manager_holds_all_that_a_successor_needs)
     cr_expect(becomes("worker-", 0), "a session that has ended is dropped");
 }
 
+static void expect_all_held(void)
+{
+    cr_expect(becomes("sidekvd", 1) && becomes("table", 1) && becomes("worker-", 1));
+}
+
 Test(fdstore, a_killed_keeper_is_a_hot_restart)
 {
     for (int round = 0; round < 3; round++) {
         rig_stop(&rig, SIGKILL);
         start_keeper();
         expect_all_there();
-        cr_expect(becomes("sidekvd", 1) && becomes("table", 1) && becomes("worker-", 1));
+        expect_all_held();
     }
+}
+
+/* At any step of the next daemon's start. */
+Test(fdstore, a_keeper_killed_soon_after_its_daemon_is_a_hot_restart)
+{
+    static const useconds_t after_us[] = {0, 500, 1000, 2000, 5000, 10000, 20000, 50000};
+    for (size_t i = 0; i < sizeof after_us / sizeof *after_us; i++) {
+        kill((pid_t)skv_server(skv)->pid, SIGKILL);
+        usleep(after_us[i]);
+        rig_stop(&rig, SIGKILL);
+        start_keeper();
+        expect_all_there();
+        expect_all_held();
+    }
+}
+
+Test(fdstore, a_keeper_killed_while_the_next_daemon_waits)
+{
+    pid_t daemon = (pid_t)skv_server(skv)->pid, next = kill_slowly(rig.daemon, daemon), pids[4];
+    struct pollfd end = {.fd = (int)syscall(SYS_pidfd_open, next, 0), .events = POLLIN};
+    rig_stop(&rig, SIGKILL);
+    cr_expect_eq(poll(&end, 1, 20000), 1, "it waits on, for nobody");
+    close(end.fd);
+    start_keeper();
+    poll(NULL, 0, 200); /* it comes as far as it will */
+    cr_expect_eq(children(rig.daemon, pids), 0, "it did not wait for the daemon to be gone");
+    let_die(daemon);
+    expect_all_there();
+    expect_all_held();
 }
 
 Test(fdstore, a_daemon_that_outlives_its_keeper_is_ended_by_the_next)

@@ -12,6 +12,7 @@
 #include "daemon_rig.h"
 #include "every_backend.h"
 #include "page_bytes.h"
+#include "slow_death.h"
 
 #define USERS 40u
 #define MOST  160u /* tokens of a history */
@@ -623,6 +624,73 @@ ON_EVERY_BACKEND(an_open_batch_is_answered_and_its_commit_lost)
     cr_expect_eq(skv_commit(skv, &batch, NULL), SKV_ELOST);
     cr_expect_eq(skv_ping(skv, NULL), 0);
     check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+}
+
+/* ---- a daemon that takes long to die ---- */
+
+ON_EVERY_BACKEND(the_next_one_waits_until_it_is_gone)
+{
+    stage(backend);
+    start();
+    fill();
+    for (int round = 0; round < 3; round++) {
+        pid_t before = (pid_t)skv_server(skv)->pid, next = kill_slowly(rig.daemon, before);
+        if (round == 2)
+            kill(next, SIGKILL); /* another one is started */
+        let_die(before);
+        await_new_daemon((uint32_t)before);
+        cr_expect_eq(skv_server(skv)->pid == (uint32_t)next, round < 2);
+        check_all(skv_now_ns());
+        await_store();
+        for (uint32_t u = 0; u < USERS; u += 5)
+            serve(u, known[u].committed + 1);
+    }
+    cr_expect(nothing_leaks());
+}
+
+ON_EVERY_BACKEND(the_next_one_is_called_off_when_the_keeper_is_to_end)
+{
+    stage(backend);
+    start();
+    fill();
+    pid_t before = (pid_t)skv_server(skv)->pid, next = kill_slowly(rig.daemon, before);
+    int status;
+    kill(rig.daemon, SIGTERM);
+    poll(NULL, 0, 50);
+    cr_expect_eq(waitpid(rig.daemon, &status, WNOHANG), 0, "it waits for its daemon to be gone");
+    let_die(before);
+    cr_assert_eq(waitpid(rig.daemon, &status, 0), rig.daemon);
+    rig.daemon = 0;
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 128 + SIGKILL);
+    cr_expect(kill(next, 0) != 0, "it was left behind");
+}
+
+/* Whoever there is of them: the daemon, the next one that waits, the one after that. */
+ON_EVERY_BACKEND(killed_again_before_it_serves)
+{
+    stage(backend);
+    start();
+    fill();
+    for (int round = 0; round < 12; round++) {
+        pid_t before = (pid_t)skv_server(skv)->pid, pids[4] = {before};
+        uint32_t count = 1;
+        for (int again = 0; again < 4; again++) {
+            for (uint32_t i = 0; i < count; i++)
+                kill(pids[i], SIGKILL);
+            poll(NULL, 0, round);
+            if (again < 3)
+                count = children(rig.daemon, pids);
+        }
+        for (uint32_t i = 0; i < count; i++)
+            while (kill(pids[i], 0) == 0)
+                poll(NULL, 0, 1);
+        await_new_daemon((uint32_t)before);
+        check_all(skv_now_ns());
+        await_store();
+        for (uint32_t u = 0; u < USERS; u += 5)
+            serve(u, known[u].committed + 1);
+    }
     cr_expect(nothing_leaks());
 }
 
