@@ -557,6 +557,8 @@ uint32_t skv_peer_serve(struct peer *peer, uint32_t limit)
         if (peer->daemon->restarting && skv_peer_quiet(peer))
             break; /* the next daemon does them; what holds leases may go on to its COMMIT */
         uint32_t ready = ring_ready(&peer->sq), room = ring_room(&peer->cq);
+        if (!ready) /* the next entry's line comes while its index is still on the way */
+            __builtin_prefetch(&peer->sqes[peer->sq.index & (WIRE_ENTRIES - 1)]);
         bool jumped = ready == UINT32_MAX || (ready && room == UINT32_MAX);
         end_for(peer, jumped ? "a ring index that jumped" : NULL);
         if (jumped || !ready || room <= peer->unanswered || peer->state != PEER_LIVE)
