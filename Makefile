@@ -1,7 +1,8 @@
 # sidekv: one non-recursive Makefile. `make help` says what there is.
 #
 # A configuration is a build directory: build/ (CUDA when nvcc is there), build/host (HOST=1), build/asan, build/tsan,
-# build/cov, build/fuzz (SAN=...). Sources are found by name, so that a new file needs no line here:
+# build/cov, build/fuzz (SAN=...). build/host links other objects of build/obj than build/ does: none is compiled differently.
+# Sources are found by name, so that a new file needs no line here:
 #   common/*.c               libskv-common     log, status, hashes, clock
 #   kernels/device*.c        libskv-device     device.h and its backends: all that daemon and libsidekv link of kernels/
 #   kernels/*.c, *.cu        libhstu-layers    reference, fast host version, CUDA
@@ -23,6 +24,7 @@ CUDA := $(if $(NVCC),1,)
 
 CONFIG := $(if $(SAN),$(SAN),$(if $(HOST),host,))
 B := build$(if $(CONFIG),/$(CONFIG),)
+O := build$(if $(SAN),/$(SAN),)/obj
 # V=1 shows whole commands.
 Q := $(if $(V),,@)
 say = $(if $(V),,@echo '  $(1)')
@@ -34,6 +36,10 @@ OPT ?= -O2 -g
 WARN = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith -Wvla \
        -Wno-missing-field-initializers -Werror=implicit-function-declaration $(if $(WERROR),-Werror)
 CFLAGS = -std=c17 -D_GNU_SOURCE $(OPT) $(WARN) -fno-strict-aliasing -fPIC -fvisibility=default -pthread
+# More accesses are left to look at than with -O2, and it compiles in half the time.
+ifneq ($(filter asan tsan,$(SAN)),)
+OPT = -O1 -g1
+endif
 ifeq ($(SAN),asan)
 CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 LDFLAGS += -fsanitize=address,undefined
@@ -91,7 +97,7 @@ SHIMS       := $(patsubst tests/%.c,$(B)/tests/%.so,$(wildcard tests/shim_*.c))
 BENCHES     := $(patsubst bench/%.c,$(B)/bin/%,$(filter-out $(NEEDS_CUDA),$(wildcard bench/bench_*.c))) \
                $(if $(CUDA),$(patsubst bench/%.cu,$(B)/bin/%,$(wildcard bench/bench_*.cu)))
 
-obj = $(patsubst %,$(B)/obj/%.o,$(1))
+obj = $(patsubst %,$(O)/%.o,$(1))
 A_common  = $(B)/lib/libskv-common.a
 A_device  = $(B)/lib/libskv-device.a
 A_layers  = $(B)/lib/libhstu-layers.a
@@ -128,11 +134,11 @@ $(B)/lib/%.a:
 
 # $(1) folder. A change of flags is a change of configuration: clean by hand.
 define cc_rule
-$(B)/obj/$(1)/%.c.o: $(1)/%.c | deps
+$(O)/$(1)/%.c.o: $(1)/%.c | deps
 	@mkdir -p $$(@D)
 	$$(call say,CC $$<)
 	$$(Q)$$(CC) $$(CFLAGS) $$(CFLAGS_$$(*F)) $$(I_$(1)) -MMD -MP -c $$< -o $$@
-$(B)/obj/$(1)/%.cu.o: $(1)/%.cu | deps
+$(O)/$(1)/%.cu.o: $(1)/%.cu | deps
 	@mkdir -p $$(@D)
 	$$(call say,NVCC $$<)
 	$$(Q)$$(NVCC) $$(NVFLAGS) $$(if $$(findstring sm90,$$*),$$(NVARCH_90),$$(NVARCH_ALL)) $$(I_$(1)) -MMD -MP -c $$< -o $$@ 2>$$@.ptxas || { cat $$@.ptxas >&2; exit 1; }
@@ -143,50 +149,49 @@ $(foreach d,common kernels storage daemon client tests bench,$(eval $(call cc_ru
 # The fast host layers are compiled for the instruction sets they dispatch on.
 -include kernels/flags.mk
 
-$(B)/bin/sidekvd $(B)/tests/bin/sidekvd: $(B)/obj/daemon/main.c.o $(A_daemon) $(A_device) $(A_storage) $(A_common)
+$(B)/bin/sidekvd $(B)/tests/bin/sidekvd: $(O)/daemon/main.c.o $(A_daemon) $(A_device) $(A_storage) $(A_common)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -luring -llmdb $(LIBS_COMMON)
-$(B)/bin/sidekv-keeper $(B)/tests/bin/sidekv-keeper: $(B)/obj/daemon/keeper.c.o $(A_common)
+$(B)/bin/sidekv-keeper $(B)/tests/bin/sidekv-keeper: $(O)/daemon/keeper.c.o $(A_common)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS_COMMON)
-$(B)/bin/sidekv: $(B)/obj/client/cli_main.c.o $(A_cli) $(A_runner) $(A_sidekv) $(A_layers) $(A_device) $(A_common)
+$(B)/bin/sidekv: $(O)/client/cli_main.c.o $(A_cli) $(A_runner) $(A_sidekv) $(A_layers) $(A_device) $(A_common)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -ljansson $(LIBS_COMMON)
 ALL_A = $(A_cli) $(A_daemon) $(A_runner) $(A_sidekv) $(A_layers) $(A_device) $(A_storage) $(A_common)
-$(B)/bin/bench_%: $(B)/obj/bench/bench_%.c.o $(ALL_A)
+CORE_A = $(A_daemon) $(A_sidekv) $(A_device) $(A_storage) $(A_common)
+$(B)/bin/bench_%: $(O)/bench/bench_%.c.o $(ALL_A)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
-$(B)/bin/bench_%: $(B)/obj/bench/bench_%.cu.o $(ALL_A)
+$(B)/bin/bench_%: $(O)/bench/bench_%.cu.o $(ALL_A)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
-$(B)/tests/test_%: $(B)/obj/tests/test_%.c.o $(ALL_A)
+$(B)/tests/test_%: $(O)/tests/test_%.c.o $(ALL_A)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -lcriterion -luring -llmdb -ljansson $(LIBS_COMMON)
 CUDA_A = $(if $(CUDA),$(call obj,tests/cuda_reference.cu)) $(A_layers) $(A_device) $(A_common)
-$(patsubst %.c,$(B)/%,$(filter tests/%,$(CUDA_ONLY))): $(B)/tests/%: $(B)/obj/tests/%.c.o $(CUDA_A)
+$(patsubst %.c,$(B)/%,$(filter tests/%,$(CUDA_ONLY))): $(B)/tests/%: $(O)/tests/%.c.o $(CUDA_A)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -lcriterion $(LIBS_COMMON)
-$(patsubst bench/%.c,$(B)/bin/%,$(filter bench/%,$(CUDA_ONLY))): $(B)/bin/%: $(B)/obj/bench/%.c.o $(CUDA_A)
+$(patsubst bench/%.c,$(B)/bin/%,$(filter bench/%,$(CUDA_ONLY))): $(B)/bin/%: $(O)/bench/%.c.o $(CUDA_A)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) $(LIBS_COMMON)
-$(filter $(B)/tests/stress_%,$(TESTS)) $(PROVERS): $(B)/tests/%: $(B)/obj/tests/%.c.o $(ALL_A)
+$(filter $(B)/tests/stress_%,$(TESTS)) $(PROVERS): $(B)/tests/%: $(O)/tests/%.c.o $(CORE_A)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb -ljansson $(LIBS_COMMON)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
 # These die where a prover tells them to: common/failpoint.h.
 FAIL_BINS := $(B)/tests/bin/sidekvd $(B)/tests/bin/sidekv-keeper
-$(FAIL_BINS) $(B)/tests/prove_kills: $(B)/obj/tests/failpoint.c.o
-# What decodes what others wrote, without the layers: quick to build.
-FUZZED_A = $(call obj,client/cli_log.c) $(A_daemon) $(A_sidekv) $(A_device) $(A_storage) $(A_common)
-$(FUZZERS): $(B)/tests/%: $(B)/obj/tests/%.c.o $(FUZZED_A)
+$(FAIL_BINS) $(B)/tests/prove_kills: $(O)/tests/failpoint.c.o
+$(FUZZERS): $(B)/tests/%: $(O)/tests/%.c.o $(call obj,client/cli_log.c) $(CORE_A)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ -luring -llmdb $(LIBS_COMMON)
@@ -194,13 +199,14 @@ $(B)/tests/fuzz_entries: LDFLAGS += -Wl,--wrap=calloc
 
 .PHONY: binaries programs
 binaries: deps $(BINS) ## build the daemon and the CLI only
-# Criterion does not run under TSan: there the threaded programs are plain ones.
-programs: $(if $(filter tsan,$(SAN)),$(filter $(B)/tests/stress_%,$(TESTS)),$(TESTS)) ## build the test programs of this configuration
+# Criterion does not run under TSan: there the threaded programs are plain ones. stress_cache% has one thread, and nothing to find.
+THREADED = $(filter-out %/stress_cache %/stress_cache_all,$(filter $(B)/tests/stress_%,$(TESTS)))
+programs: $(if $(filter tsan,$(SAN)),$(THREADED),$(TESTS)) ## build the test programs of this configuration
 
 .PHONY: provers
 provers: $(PROVERS) $(B)/tests/stress_cache $(B)/tests/stress_cache_all $(FAIL_BINS) $(SHIMS)
 # What provers preload into other programs.
-$(B)/tests/shim_%.so: $(B)/obj/tests/shim_%.c.o
+$(B)/tests/shim_%.so: $(O)/tests/shim_%.c.o
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -shared -o $@ $^ -ldl
@@ -210,19 +216,26 @@ fuzzers: $(FUZZERS)
 
 PROCS := $(wildcard tests/proc_*.sh)
 ASAN_TESTS := $(patsubst build/%,build/asan/%,$(filter-out %_cuda,$(TESTS)))
-TSAN_TESTS := $(patsubst build/%,build/tsan/%,$(filter build/tests/stress_%,$(TESTS)))
+TSAN_TESTS := $(patsubst build/%,build/tsan/%,$(THREADED))
 
 .PHONY: check
 check: all $(TESTS) ## unit and process tests of this configuration
 	@tests/run.sh $(TESTS) $(PROCS)
 
 .PHONY: test
-test: all $(TESTS) ## everything that CI runs: both builds, all tests, sanitizers, linters
+test: all $(TESTS) others ## everything that CI runs: both builds, all tests, sanitizers, linters
 	@contrib/deps.sh lint
-	@$(MAKE) --no-print-directory HOST=1 all
-	@$(MAKE) --no-print-directory SAN=asan binaries programs
-	@$(MAKE) --no-print-directory SAN=tsan programs
 	@tests/run.sh tests/lint.sh $(TESTS) $(PROCS) $(ASAN_TESTS) $(TSAN_TESTS) SIDEKV_BIN=build/asan/bin $(PROCS)
+
+# The other configurations, beside this one but for the host's, which takes its objects.
+.PHONY: others asan tsan host
+others: asan tsan host
+asan: deps
+	@$(MAKE) --no-print-directory SAN=asan binaries programs
+tsan: deps
+	@$(MAKE) --no-print-directory SAN=tsan programs
+host: all $(TESTS)
+	@$(MAKE) --no-print-directory HOST=1 all
 
 # test_plan_cuda makes no CUDA call, which compute-sanitizer takes for an error.
 GPU_TESTS := $(addprefix $(B)/tests/,test_device test_plan_cuda test_products_cuda test_attention_cuda test_layers_cuda)
@@ -233,19 +246,25 @@ test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel path
 
 # SCALE=full|ci|FACTOR: the full counts, a tenth of them, or so many times them.
 SCALE ?= full
+# The longest first, so that none is left alone at the end.
+PROVED := $(addprefix build/host/tests/,$(notdir $(PROVERS))) $(wildcard tests/prove_*.sh)
+PROVED_FIRST := tests/prove_core.sh $(addprefix build/host/tests/prove_,store faults kills)
 .PHONY: guarantees
-guarantees: ## prove the promises of docs/guarantees.md: SCALE=full (most of an hour), or ci (a tenth)
+guarantees: host-provers fuzz-programs ## prove the promises of docs/guarantees.md: SCALE=full (most of an hour), or ci (a tenth)
+	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/guarantees.sh $(PROVED_FIRST) $(filter-out $(PROVED_FIRST),$(PROVED))
+.PHONY: host-provers fuzz-programs
+host-provers: deps
 	@$(MAKE) --no-print-directory HOST=1 binaries provers
-	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/guarantees.sh \
-	    $(addprefix build/host/tests/,$(notdir $(PROVERS))) $(wildcard tests/prove_*.sh)
+fuzz-programs: deps
+	@contrib/deps.sh fuzz
+	@$(MAKE) --no-print-directory SAN=fuzz fuzzers
 
 .PHONY: torture
-torture: ## kill daemon, workers and keeper until one dies wrong, or for HOURS=N; a new seed each round
-	@$(MAKE) --no-print-directory HOST=1 binaries provers
+torture: host-provers ## kill daemon, workers and keeper until one dies wrong, or for HOURS=N; a new seed each round
 	@tests/torture.sh build/host/tests/prove_kills $(HOURS)
 
 .PHONY: fuzz
-fuzz: ## libFuzzer over all decoders, SCALE as for guarantees (full: a minute each)
+fuzz: fuzz-programs ## libFuzzer over all decoders, SCALE as for guarantees (full: a minute each)
 	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/prove_fuzz.sh
 
 .PHONY: coverage
@@ -302,7 +321,7 @@ $(B)/lib/installed/%.a:
 install: $(INSTALLED_A)
 
 .SECONDARY:
--include $(shell find $(B)/obj -name '*.d' 2>/dev/null)
+-include $(shell find $(O) -name '*.d' 2>/dev/null)
 
 clean: ## remove every build directory
 	rm -rf build

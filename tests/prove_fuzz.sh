@@ -1,12 +1,9 @@
 #!/bin/sh
 # libFuzzer over everything that decodes what others wrote: a minute each at scale 1, from the corpora in tests/corpus; then how
 # much of the decoders the corpora reach. A crash names the input that makes it. usage: tests/prove_fuzz.sh [NAME...]
-# PROVE_SCALE, PROVE_SEED: see prove.h; SIDEKV_FUZZ: the directory of the fuzzers (default: they are built into build/fuzz)
+# PROVE_SCALE, PROVE_SEED: see prove.h; SIDEKV_FUZZ: the directory of the fuzzers (default: build/fuzz/tests, from make fuzz-programs)
 set -u
 cd "$(dirname "$0")/.." || exit 1
-[ -n "${SIDEKV_FUZZ:-}" ] || {
-    contrib/deps.sh fuzz && make --no-print-directory -j2 SAN=fuzz fuzzers >&2 || exit 1
-}
 fuzzers=${SIDEKV_FUZZ:-build/fuzz/tests}
 seconds=$(awk -v s="${PROVE_SCALE:-1}" 'BEGIN { t = int(50 * s + 0.5); print (t < 5 ? 5 : t > 60 ? t : s >= 1 ? 60 : t) }')
 work=$(mktemp -d "${TMPDIR:-/tmp}/sidekv-fuzz.XXXXXX")

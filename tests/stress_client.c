@@ -3,7 +3,8 @@
  * stream would. A plain program, for TSan too (Criterion does not run under it).
  *
  * A supervisor, forked while this process has one thread, runs one scripted daemon after another
- * and kills each after a few milliseconds.
+ * and kills each after a few milliseconds, most of them once they have a client. The last one stays
+ * until the client has met it.
  *
  * usage: stress_client [DAEMONS [SEED]] */
 #include <pthread.h>
@@ -29,6 +30,7 @@ static uint32_t finished; /* atomic */
 static void serve(struct fake *f)
 {
     fake_handshake(f);
+    fake_here(f);
     for (uint32_t round = 0;; round++) {
         struct wire_sqe sqe = fake_take_any(f);
         struct wire_cqe cqe = {.user_data = sqe.user_data};
@@ -56,9 +58,16 @@ static void supervise(struct fake *f)
     const uint32_t *arguments = f->argument;
     srand(arguments[1]);
     close(f->listener);
-    for (uint32_t life = 0; life < arguments[0]; life++) {
+    for (uint32_t life = 0; life <= arguments[0]; life++) {
+        uint32_t clients = __atomic_load_n(&f->shared->here, __ATOMIC_ACQUIRE);
+        bool last = life == arguments[0];
         f->session = 1000 + life;
+        __atomic_store_n(&f->shared->seen, last, __ATOMIC_RELEASE);
         fake_start(f, serve);
+        if (last)
+            fake_wait_go(f, 1);
+        else if (life % 4 != 3)
+            FAKE_CHECK(fake_await(&f->shared->here, clients + 1));
         poll(NULL, 0, 20 + rand() % 60);
         kill(f->pid, SIGKILL);
         FAKE_CHECK(fake_end(f) == 128 + SIGKILL);
@@ -118,6 +127,8 @@ int main(int argc, char **argv)
     uint32_t batches = 0, lost = 0;
     for (;; batches++) {
         int status = one_batch(batches);
+        if (status == 0 && __atomic_load_n(&fake.shared->seen, __ATOMIC_ACQUIRE))
+            break; /* the last daemon */
         if (status == 0)
             continue;
         if (status != SKV_ELOST)
@@ -126,13 +137,13 @@ int main(int argc, char **argv)
         lost++;
         for (int i = 0; i < FAKE_PATIENCE_MS && !skv_lost(skv); i++)
             poll(NULL, 0, 1);
-        if (skv_reconnect(skv, 1000) != 0)
-            break; /* the supervisor has had enough */
+        CHECK(skv_reconnect(skv, FAKE_PATIENCE_MS) == 0);
         CHECK(skv_pool_base(skv) == base);
     }
     __atomic_store_n(&finished, 1, __ATOMIC_RELEASE);
     pthread_join(waiter, NULL);
     skv_close(skv);
+    fake_go(&fake);
     CHECK(fake_end(&fake) == 0);
     fake_fini(&fake);
     printf("stress_client: %u batches, %u daemons lost\n", batches, lost);
