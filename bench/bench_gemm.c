@@ -137,11 +137,8 @@ static void norm(uint32_t rows)
 
 static void activate(uint32_t rows)
 {
-    struct hstu_activate_args args = {.row_sequence = all_rows,
-                                      .slot = no_slots,
-                                      .m = out,
-                                      .geometry = geometry,
-                                      .rows = rows};
+    struct hstu_activate_args args = {
+        .row_sequence = all_rows, .slot = no_slots, .m = out, .geometry = geometry, .rows = rows};
     check(hstu_launch_activate(&args, stream), "activation");
 }
 

@@ -602,6 +602,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
             barrier_init(shared_address(&c->item_empty[i]), 4 * WARPGROUPS);
         }
         barrier_init_fence();
+        /* Their first use waits for nothing then, once m is there. */
+        map_prefetch(&p.m_q);
+        map_prefetch(&p.m_k);
+        map_prefetch(&p.m_v);
     }
     cluster_sync(); /* the other block's barriers are ready too */
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;

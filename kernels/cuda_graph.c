@@ -149,8 +149,8 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
     return hstu_launch_pull(&pull, c->stream);
 }
 
-/* The wait for gate l: before the first node of layer l, so that the kernels that touch pages can
- * start early behind it. */
+/* The wait for gate l, before the kernels of layer l touch pages. A kernel behind such a wait does
+ * not start early. */
 static int enqueue_gate(struct hstu_cuda *c, uint32_t layer, bool gated)
 {
     if (!gated)
@@ -178,8 +178,9 @@ static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
     return hstu_launch_gate(&gate, c->stream);
 }
 
-/* A layer of four kernels: the first norm, activation and the residual are parts of the products. */
-static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
+/* A layer of four kernels: the first norm, activation and the residual are parts of the products.
+ */
+static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated)
 {
     const struct hstu_model *m = &c->model;
     const struct hstu_cuda_arena *a = &c->arena;
@@ -218,16 +219,22 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
                                   .sm_count = (uint32_t)c->sm_count,
                                   .eps = m->eps,
                                   .early = true};
-    int status = layer ? SKV_OK : hstu_launch_moments(&moments, c->stream);
+    /* In a small graph UVQK gains from an early start, y hardly: the next layer's gate goes before
+     * y. In a large one that would only be a wait too soon. */
+    const bool ahead = rows <= EARLY_ROWS, last = layer + 1 == m->geometry.layers;
+    int status = ahead && layer > 0 ? SKV_OK : enqueue_gate(c, layer, gated);
+    if (status == SKV_OK && layer == 0)
+        status = hstu_launch_moments(&moments, c->stream);
     if (status != SKV_OK || (status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
         (status = c->path->launch(c->path_state, &attention, c->stream)) != SKV_OK ||
+        (ahead && !last && (status = enqueue_gate(c, layer + 1, gated)) != SKV_OK) ||
         (status = enqueue_y(c, rows, layer)) != SKV_OK)
         return status;
     return hstu_launch_project_sm90(&project, c->stream);
 }
 
 /* The same in six kernels. */
-static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer,
+static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated,
                          struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
 {
     const struct hstu_model *m = &c->model;
@@ -251,7 +258,8 @@ static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer,
     struct hstu_attention_args attention;
     hstu_cuda_attention_args(c, layer, rows, &attention);
     int status;
-    if ((status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
+    if ((status = enqueue_gate(c, layer, gated)) != SKV_OK ||
+        (status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
         (status = hstu_gemm_run(uvqk, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream)) !=
             SKV_OK ||
         (status = hstu_launch_activate(&activate, c->stream)) != SKV_OK ||
@@ -297,12 +305,9 @@ static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
             "resetting the counters");
     else if (status == SKV_OK)
         status = enqueue_pull(c, rows);
-    for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++) {
-        status = enqueue_gate(c, l, gated);
-        if (status == SKV_OK)
-            status = c->fused ? enqueue_fused_layer(c, rows, l)
-                              : enqueue_layer(c, rows, l, uvqk, projection);
-    }
+    for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++)
+        status = c->fused ? enqueue_fused_layer(c, rows, l, gated)
+                          : enqueue_layer(c, rows, l, gated, uvqk, projection);
     return status == SKV_OK && !block ? enqueue_head(c, rows) : status;
 }
 

@@ -64,7 +64,7 @@ struct hstu_moments {
 /* The moments of each row's values, for a norm that comes with the product after it. */
 struct hstu_moments_args {
     const uint32_t *row_sequence;
-    const void *x; /* [rows][columns], columns <= 2048 */
+    const void *x;            /* [rows][columns], columns <= 2048 */
     struct hstu_moments *out; /* [rows] */
     uint32_t rows, columns;
 };
@@ -144,7 +144,7 @@ struct hstu_fold {
 };
 struct hstu_uvqk_args {
     const void *x, *b;
-    const struct hstu_moments *moments; /* [rows][parts], each of k / parts columns of x */
+    const struct hstu_moments *moments; /* [parts][rows], each of k / parts columns of x */
     const struct hstu_fold *fold;       /* [n] */
     void *m, *pool;
     const uint32_t *slot;
@@ -156,12 +156,12 @@ struct hstu_uvqk_args {
 };
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream);
 
-/* x += y b, and the moments of x's new values. y [rows][k], b [k][n], x [rows][n]; k and n multiples
- * of 64, for large tiles n of 256, for medium ones of 128. */
+/* x += y b, and the moments of x's new values. y [rows][k], b [k][n], x [rows][n]; k and n
+ * multiples of 64, for large tiles n of 256, for medium ones of 128. */
 struct hstu_project_args {
     const void *y, *b;
     void *x;
-    struct hstu_moments *moments; /* out, [rows][parts] */
+    struct hstu_moments *moments; /* out, [parts][rows] */
     uint32_t rows, n, k, sm_count;
     bool early;
     enum hstu_tiles tiles; /* for tests */

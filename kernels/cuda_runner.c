@@ -130,8 +130,8 @@ static int prepare(struct hstu_cuda *c)
     }
     if ((status = streams_open(c)) != SKV_OK || (status = hstu_cuda_memory_open(c)) != SKV_OK)
         return status;
-    if (!c->fused && (status = hstu_gemm_open(c->arena.workspace, c->arena.workspace_bytes,
-                                              &c->gemm)) != SKV_OK)
+    if (!c->fused &&
+        (status = hstu_gemm_open(c->arena.workspace, c->arena.workspace_bytes, &c->gemm)) != SKV_OK)
         return status;
     struct hstu_attention_args args;
     hstu_cuda_attention_args(c, 0, c->arena_rows, &args);
@@ -170,11 +170,10 @@ static int cuda_open(const struct hstu_runner_options *o, void **state)
      */
     uint64_t asked = c->arena.bytes + c->on_device.bytes;
     c->context_bytes = before > after + asked ? before - after - asked : 0;
-    skv_info(
-        "cuda:%d, %d multiprocessors, attention %s, products %s, weights %.2f GiB, arena %.2f "
-        "GiB",
-        c->ordinal, c->sm_count, c->path->name, hstu_cuda_products(c), (double)c->on_device.bytes / (1 << 30),
-        (double)c->arena.bytes / (1 << 30));
+    skv_info("cuda:%d, %d multiprocessors, attention %s, products %s, weights %.2f GiB, arena %.2f "
+             "GiB",
+             c->ordinal, c->sm_count, c->path->name, hstu_cuda_products(c),
+             (double)c->on_device.bytes / (1 << 30), (double)c->arena.bytes / (1 << 30));
     *state = c;
     return SKV_OK;
 }

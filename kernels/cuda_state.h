@@ -42,12 +42,12 @@ struct hstu_cuda_arena {
     struct hstu_work *work;        /* [work_capacity] */
     /* activations: from here to the end poison may fill */
     char *activations;
-    void *x;        /* [rows][E] */
-    void *normed;   /* [rows][max(E, HD)]: LN's output, then y */
-    void *m;        /* [rows][4HD] */
-    float *partial; /* [slices][rows][HD] */
-    struct hstu_moments *x_moments; /* [rows][E / 64] at most */
-    float *hidden;  /* [rows][head_columns], in m's place */
+    void *x;                        /* [rows][E] */
+    void *normed;                   /* [rows][max(E, HD)]: LN's output, then y */
+    void *m;                        /* [rows][4HD] */
+    float *partial;                 /* [slices][rows][HD] */
+    struct hstu_moments *x_moments; /* [E / 64 at most][rows] */
+    float *hidden;                  /* [rows][head_columns], in m's place */
     uint32_t *candidate_row;
     float *inverse_norm; /* [rows] both */
     void *workspace;     /* cuBLASLt's, unless fused */
@@ -96,7 +96,7 @@ struct hstu_cuda {
     const struct hstu_attention_path *path;
     void *path_state;
     struct hstu_gemm *gemm; /* NULL when fused */
-    bool fused; /* hstu_products_fused() */
+    bool fused;             /* hstu_products_fused() */
     cudaStream_t stream, gate_stream;
     cudaEvent_t done; /* after every pass */
     cudaEvent_t fork, joined[SKV_MAX_LAYERS];

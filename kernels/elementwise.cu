@@ -1,6 +1,6 @@
 /* The element-wise kernels of a layer: norm before UVQK (or its statistics alone), activation after
- * it, gate before the projection. Each reads and writes every element once, 16 bytes a thread; statistics are fp32, two
- * passes over registers. */
+ * it, gate before the projection. Each reads and writes every element once, 16 bytes a thread;
+ * statistics are fp32, two passes over registers. */
 #include "cuda_kernels.h"
 
 #include <cuda_runtime.h>

@@ -183,14 +183,14 @@ template <typename S> struct consumer {
             const float x = v.x - mean[i % 2], y = v.y - mean[i % 2];
             square[i % 2] = fmaf(x, x, fmaf(y, y, square[i % 2]));
         }
-        const uint32_t row = row0 + (group * 4 + warp) * 16 + lane / 4, parts = p.n / S::COLUMNS;
+        const uint32_t row = row0 + (group * 4 + warp) * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             square[i] += __shfl_xor_sync(~0u, square[i], 1);
             square[i] += __shfl_xor_sync(~0u, square[i], 2);
             if (lane % 4 == 0 && row + i * 8 < p.rows)
-                p.moments[(uint64_t)(row + i * 8) * parts + column0 / S::COLUMNS] = {mean[i],
-                                                                                     square[i]};
+                p.moments[(uint64_t)(column0 / S::COLUMNS) * p.rows + row + i * 8] = {mean[i],
+                                                                                      square[i]};
         }
     }
 

@@ -137,14 +137,14 @@ template <typename S> struct tile_notes {
  * large cancels. Batch parts are asked for at once. */
 template <int Batch> __device__ __forceinline__ float2 norm_of(const parameters &p, uint32_t row)
 {
-    const hstu_moments *part = p.moments + (uint64_t)row * p.parts;
+    const hstu_moments *part = p.moments + row;
     float first = 0, off = 0, off_square = 0, square = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < p.parts; i += Batch) {
         hstu_moments m[Batch];
 #pragma unroll
         for (uint32_t j = 0; j < Batch; j++)
-            m[j] = part[min(i + j, p.parts - 1)];
+            m[j] = part[(uint64_t)min(i + j, p.parts - 1) * p.rows];
         if (i == 0)
             first = m[0].mean;
 #pragma unroll
@@ -184,8 +184,7 @@ template <typename S> __device__ void note(const parameters &p, tile_notes<S> no
 
 /* One thread. The first stages' b does not depend on the kernel before, so it is asked for first.
  */
-template <typename S>
-__device__ void produce(const parameters &p, stage_ring<S> ring, tile_notes<S> notes)
+template <typename S> __device__ void produce(const parameters &p, stage_ring<S> ring)
 {
     schedule<S> tiles(p.rows, p.n);
     const uint32_t steps = p.k / S::DEPTH;
@@ -202,9 +201,6 @@ __device__ void produce(const parameters &p, stage_ring<S> ring, tile_notes<S> n
         if (first) {
             sm90::dependency_wait();
             sm90::dependency_trigger(); /* all that the next one relies on has ended */
-            /* TMA starves ordinary loads: a short block's only ones come first. */
-            if (!S::SHADOW)
-                notes.wait_full();
         }
         first = false;
         for (uint32_t step = 0; step < steps; step++) {
@@ -371,7 +367,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) uvqk_kernel(const __grid_consta
         shared,
         [&](stage_ring<S> ring) {
             if (threadIdx.x == 0)
-                produce<S>(p, ring, notes);
+                produce<S>(p, ring);
             else if (threadIdx.x >= 32)
                 note<S>(p, notes);
         },
