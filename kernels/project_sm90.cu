@@ -116,8 +116,8 @@ template <typename S> struct consumer {
             ring.release(ring.stage);
             ring.advance();
         }
-        sm90::pin<S::COLUMNS / 2>(
-            d); /* done before the products, not among them: that splits them */
+        /* Done before the products: ptxas waits for every one if it finds this among them. */
+        sm90::pin<S::COLUMNS / 2>(d);
     }
 
     /* After a step's products are under way: those of the step before have ended. */

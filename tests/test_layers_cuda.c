@@ -220,9 +220,17 @@ Test(layers_cuda, a_pass_equals_the_reference_at_every_head_dim_page_size_and_gr
             }
 }
 
+Test(layers_cuda, products_by_cublaslt_equal_the_reference)
+{
+    NEED_GPU();
+    setenv("HSTU_PRODUCTS", "cublaslt", 1);
+    check_model(small_model(128, 32), NULL);
+}
+
 Test(layers_cuda, products_without_cublaslt_equal_the_reference)
 {
     NEED_GPU();
+    setenv("HSTU_PRODUCTS", "cublaslt", 1);
     setenv("HSTU_CUBLASLT", "none", 1);
     check_model(small_model(128, 32), NULL);
 }
