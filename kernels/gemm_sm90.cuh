@@ -146,12 +146,6 @@ template <typename S> struct stage_ring {
     }
 };
 
-/* A warpgroup's own barrier. */
-__device__ __forceinline__ void sync_group(uint32_t group)
-{
-    sm90::named_sync(1 + group, 128);
-}
-
 /* Sets the block up and runs its two kinds of threads: the producer's warpgroup and the consumers.
  */
 template <typename S, typename Produce, typename Consume>

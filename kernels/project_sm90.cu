@@ -82,6 +82,12 @@ template <typename S> __device__ void produce(const parameters &p, stage_ring<S>
 
 /* ---- consumers ---- */
 
+/* A warpgroup's own barrier. */
+__device__ __forceinline__ void sync_group(uint32_t group)
+{
+    sm90::named_sync(1 + group, 128);
+}
+
 template <typename S> struct consumer {
     const parameters &p;
     stage_ring<S> ring;
