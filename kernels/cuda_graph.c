@@ -355,11 +355,12 @@ int hstu_cuda_graph(struct hstu_cuda *c, uint32_t graph_rows, uint32_t instance,
     size_t before = 0, after = 0, total;
     cudaMemGetInfo(&before, &total);
     int status = SKV_OK;
-    if (!c->fused)
+    if (!c->fused) {
         status = hstu_gemm_plan(c->gemm, HSTU_PRODUCT_BIAS, graph_rows, 4 * hd, m->embed, &uvqk);
-    if (!c->fused && status == SKV_OK)
-        status =
-            hstu_gemm_plan(c->gemm, HSTU_PRODUCT_RESIDUAL, graph_rows, m->embed, hd, &projection);
+        if (status == SKV_OK)
+            status = hstu_gemm_plan(c->gemm, HSTU_PRODUCT_RESIDUAL, graph_rows, m->embed, hd,
+                                    &projection);
+    }
     if (status == SKV_OK)
         status = capture(c, graph_rows, instance, uvqk, projection, kept);
     hstu_gemm_plan_close(uvqk);

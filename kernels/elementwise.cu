@@ -214,12 +214,16 @@ __device__ __forceinline__ eight sum_slices(const float4 *o, uint32_t at, uint64
 constexpr int GATE_WARPS = 4;        /* rows of a block, where a warp has a row */
 constexpr uint32_t MANY_ROWS = 2048; /* their slices are few */
 
-/* Half the threads that fit: the loads in flight need the registers. */
+/* Blocks a multiprocessor: half the threads that fit, as the loads in flight need the registers; of
+ * rows a warp each, a third. */
+constexpr int gate_blocks(int threads, int chunks)
+{
+    return threads == 32 ? 5 : chunks > 2 ? 1 : 1024 / threads;
+}
+
 template <int THREADS, int CHUNKS>
-__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, THREADS == 32 ? 5
-                                                                             : CHUNKS > 2
-                                                                                 ? 1
-                                                                                 : 1024 / THREADS)
+__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
+                                  gate_blocks(THREADS, CHUNKS))
     gate_kernel(const __grid_constant__ hstu_gate_args a)
 {
     __shared__ float shared[32];
@@ -303,26 +307,28 @@ static int launch(void (*kernel)(Args), uint32_t blocks, dim3 threads, const Arg
     return e == cudaSuccess ? SKV_OK : SKV_EDEVICE;
 }
 
+/* A warp a row: of four kernels the one for the fewest chunks that hold it. */
+template <typename Args>
+static int launch_rows(void (*const (&kernels)[4])(Args), const Args &args, void *stream)
+{
+    const uint32_t c = args.columns;
+    return launch(kernels[c <= 256    ? 0
+                          : c <= 512  ? 1
+                          : c <= 1024 ? 2
+                                      : 3],
+                  (args.rows + NORM_WARPS - 1) / NORM_WARPS, NORM_WARPS * 32, args, false, stream);
+}
+
 int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
 {
-    const uint32_t c = args->columns;
-    auto kernel = c <= 256    ? norm_kernel<1>
-                  : c <= 512  ? norm_kernel<2>
-                  : c <= 1024 ? norm_kernel<4>
-                              : norm_kernel<8>;
-    return launch(kernel, (args->rows + NORM_WARPS - 1) / NORM_WARPS, NORM_WARPS * 32, *args, false,
-                  stream);
+    return launch_rows({norm_kernel<1>, norm_kernel<2>, norm_kernel<4>, norm_kernel<8>}, *args,
+                       stream);
 }
 
 int hstu_launch_moments(const struct hstu_moments_args *args, void *stream)
 {
-    const uint32_t c = args->columns;
-    auto kernel = c <= 256    ? moments_kernel<1>
-                  : c <= 512  ? moments_kernel<2>
-                  : c <= 1024 ? moments_kernel<4>
-                              : moments_kernel<8>;
-    return launch(kernel, (args->rows + NORM_WARPS - 1) / NORM_WARPS, NORM_WARPS * 32, *args, false,
-                  stream);
+    return launch_rows({moments_kernel<1>, moments_kernel<2>, moments_kernel<4>, moments_kernel<8>},
+                       *args, stream);
 }
 
 int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)

@@ -68,12 +68,9 @@ __device__ __forceinline__ float2 load_two(uint32_t address)
 
 __device__ __forceinline__ float4 load_four(uint32_t address)
 {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
+    const uint4 bits = load_shared(address);
+    return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                       __uint_as_float(bits.w));
 }
 
 /* ---- notes: what the consumers need to know of a tile's rows and columns once its sums are there.
@@ -165,6 +162,7 @@ template <int Batch> __device__ __forceinline__ float2 norm_of(const parameters 
 /* The note warps. */
 template <typename S> __device__ void note(const parameters &p, tile_notes<S> notes)
 {
+    constexpr int BATCH = S::SHADOW ? 4 : 16;
     schedule<S> tiles(p.rows, p.n);
     const uint32_t thread = threadIdx.x - 32;
     uint32_t row0, column0;
@@ -175,7 +173,7 @@ template <typename S> __device__ void note(const parameters &p, tile_notes<S> no
         if (first)
             sm90::dependency_wait();
         for (uint32_t i = thread; i < S::ROWS && row0 + i < p.rows; i += NOTE_THREADS)
-            store_shared(notes.norm(i), norm_of < S::SHADOW ? 4 : 16 > (p, row0 + i));
+            store_shared(notes.norm(i), norm_of<BATCH>(p, row0 + i));
         sm90::barrier_arrive(notes.full());
     }
 }
@@ -218,7 +216,7 @@ template <typename S> __device__ void produce(const parameters &p, stage_ring<S>
 __device__ __forceinline__ char *page_column(const parameters &p, uint32_t column)
 {
     const uint32_t hd = p.n / 4, part = column / hd;
-    const uint32_t head = (part == 1) * p.pages.heads + (column - part * hd >> p.pages.dim_shift);
+    const uint32_t head = (part == 1) * p.pages.heads + ((column - part * hd) >> p.pages.dim_shift);
     if (part == 0 || part == 2)
         return nullptr;
     return p.pages.layer + head * p.pages.head_bytes +
