@@ -146,6 +146,40 @@ template <typename S> struct stage_ring {
     }
 };
 
+/* The producer, one thread: of each tile `Lead` stages that start() loads, then a's and b's. Of the
+ * first tile the lead and b do not depend on the kernel before, and are asked for first. */
+template <typename S, int Lead, typename Parameters, typename Start>
+__device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *a,
+                                        stage_ring<S> ring, Start start)
+{
+    schedule<S> tiles(p.rows, p.n);
+    const uint32_t steps = p.k / S::DEPTH;
+    uint32_t row0, column0;
+    bool first = true;
+    while (tiles.take(&row0, &column0)) {
+        const uint32_t ahead = first ? min(steps, (uint32_t)(S::STAGES - Lead)) : 0;
+        for (int i = 0; i < Lead; i++, ring.advance())
+            start(ring, row0, column0, i);
+        auto next = ring;
+        for (uint32_t step = 0; step < ahead; step++, next.advance()) {
+            next.announce(S::STAGE_BYTES);
+            next.load_b(&p.b, step, column0, tiles.rank());
+        }
+        if (first) {
+            sm90::dependency_wait();
+            sm90::dependency_trigger(); /* all that the next one relies on has ended */
+        }
+        first = false;
+        for (uint32_t step = 0; step < steps; step++, ring.advance()) {
+            if (step >= ahead) {
+                ring.announce(S::STAGE_BYTES);
+                ring.load_b(&p.b, step, column0, tiles.rank());
+            }
+            sm90::load_box(ring.at(), a, row0, step, ring.full(ring.stage));
+        }
+    }
+}
+
 /* Sets the block up and runs its two kinds of threads: the producer's warpgroup and the consumers.
  */
 template <typename S, typename Produce, typename Consume>

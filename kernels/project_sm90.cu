@@ -36,8 +36,9 @@ struct parameters {
     uint32_t rows, n, k;
 };
 
-/* ---- producer: one thread ---- */
+/* ---- producer ---- */
 
+/* x is of the layer before: older than the kernel before. */
 template <typename S>
 __device__ __forceinline__ void load_x(const parameters &p, const stage_ring<S> &ring,
                                        uint32_t row0, uint32_t column)
@@ -45,39 +46,6 @@ __device__ __forceinline__ void load_x(const parameters &p, const stage_ring<S> 
     for (uint32_t g = 0; g < S::GROUPS; g++)
         sm90::load_box(ring.at() + g * 64 * S::X_COLUMNS * 2, &p.x, row0 + g * 64, column / 64,
                        ring.full(ring.stage));
-}
-
-template <typename S> __device__ void produce(const parameters &p, stage_ring<S> ring)
-{
-    schedule<S> tiles(p.rows, p.n);
-    const uint32_t steps = p.k / S::DEPTH;
-    uint32_t row0, column0;
-    bool first = true;
-    while (tiles.take(&row0, &column0)) {
-        /* Both are older than the kernel before: x is of the layer before, b a weight. */
-        const uint32_t ahead = first ? min(steps, (uint32_t)(S::STAGES - S::X_STEPS)) : 0;
-        for (uint32_t i = 0; i < S::X_STEPS; i++, ring.advance()) {
-            ring.announce(S::X_BYTES);
-            load_x<S>(p, ring, row0, column0 + i * S::X_COLUMNS);
-        }
-        auto start = ring;
-        for (uint32_t step = 0; step < ahead; step++, start.advance()) {
-            start.announce(S::STAGE_BYTES);
-            start.load_b(&p.b, step, column0, tiles.rank());
-        }
-        if (first) {
-            sm90::dependency_wait();
-            sm90::dependency_trigger(); /* all that the next one relies on has ended */
-        }
-        first = false;
-        for (uint32_t step = 0; step < steps; step++, ring.advance()) {
-            if (step >= ahead) {
-                ring.announce(S::STAGE_BYTES);
-                ring.load_b(&p.b, step, column0, tiles.rank());
-            }
-            sm90::load_box(ring.at(), &p.y, row0, step, ring.full(ring.stage));
-        }
-    }
 }
 
 /* ---- consumers ---- */
@@ -229,7 +197,12 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         shared_base(memory),
         [&](stage_ring<S> ring) {
             if (threadIdx.x == 0)
-                produce<S>(p, ring);
+                produce<S, S::X_STEPS>(
+                    p, &p.y, ring,
+                    [&](stage_ring<S> &ring, uint32_t row0, uint32_t column0, uint32_t i) {
+                        ring.announce(S::X_BYTES);
+                        load_x<S>(p, ring, row0, column0 + i * S::X_COLUMNS);
+                    });
         },
         [&](stage_ring<S> ring, uint32_t group) {
             consumer<S> consumer(p, ring, group);

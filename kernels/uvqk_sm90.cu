@@ -178,40 +178,6 @@ template <typename S> __device__ void note(const parameters &p, tile_notes<S> no
     }
 }
 
-/* ---- producer ---- */
-
-/* One thread. The first stages' b does not depend on the kernel before, so it is asked for first.
- */
-template <typename S> __device__ void produce(const parameters &p, stage_ring<S> ring)
-{
-    schedule<S> tiles(p.rows, p.n);
-    const uint32_t steps = p.k / S::DEPTH;
-    uint32_t row0, column0;
-    bool first = true;
-    while (tiles.take(&row0, &column0)) {
-        const uint32_t ahead = first ? min(steps, (uint32_t)S::STAGES) : 0;
-        auto start = ring;
-        for (uint32_t step = 0; step < ahead; step++) {
-            start.announce(S::STAGE_BYTES);
-            start.load_b(&p.b, step, column0, tiles.rank());
-            start.advance();
-        }
-        if (first) {
-            sm90::dependency_wait();
-            sm90::dependency_trigger(); /* all that the next one relies on has ended */
-        }
-        first = false;
-        for (uint32_t step = 0; step < steps; step++) {
-            if (step >= ahead) {
-                ring.announce(S::STAGE_BYTES);
-                ring.load_b(&p.b, step, column0, tiles.rank());
-            }
-            sm90::load_box(ring.at(), &p.x, row0, step, ring.full(ring.stage));
-            ring.advance();
-        }
-    }
-}
-
 /* Where K or V of this column of m goes in page 0, slot 0; NULL for u and q. */
 __device__ __forceinline__ char *page_column(const parameters &p, uint32_t column)
 {
@@ -365,7 +331,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) uvqk_kernel(const __grid_consta
         shared,
         [&](stage_ring<S> ring) {
             if (threadIdx.x == 0)
-                produce<S>(p, ring);
+                produce<S, 0>(p, &p.x, ring, [](auto &, uint32_t, uint32_t, uint32_t) {});
             else if (threadIdx.x >= 32)
                 note<S>(p, notes);
         },
