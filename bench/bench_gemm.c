@@ -99,7 +99,7 @@ static void uvqk(uint32_t layer, uint32_t rows, enum hstu_tiles tiles)
                                   .rows = rows,
                                   .n = 4 * E,
                                   .k = E,
-                                  .parts = HEADS,
+                                  .parts = E / 128,
                                   .sm_count = (uint32_t)sm_count,
                                   .eps = 1e-5f,
                                   .early = true,
@@ -168,12 +168,16 @@ static void gate(uint32_t rows)
 
 static void fused_shapes(uint32_t rows)
 {
-    printf("fused UVQK %6u: large %.1f, small %.1f; norm alone %.1f, activation %.1f\n", rows,
-           TIME(uvqk(l, rows, HSTU_TILES_LARGE)), TIME(uvqk(l, rows, HSTU_TILES_SMALL)),
-           TIME(norm(rows)), TIME(activate(rows)));
-    printf("fused projection %6u: large %.1f, medium %.1f, small %.1f; gate alone %.1f\n", rows,
-           TIME(project(l, rows, HSTU_TILES_LARGE)), TIME(project(l, rows, HSTU_TILES_MEDIUM)),
-           TIME(project(l, rows, HSTU_TILES_SMALL)), TIME(gate(rows)));
+    static const char *const name[] = {"chosen",  "128x256", "256x128",
+                                       "192x128", "128x128", "64x64"};
+    printf("fused UVQK %6u:", rows);
+    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles < HSTU_TILES_64X64; tiles++)
+        printf(" %s %.1f", name[tiles], TIME(uvqk(l, rows, tiles)));
+    printf("; norm alone %.1f, activation %.1f\n", TIME(norm(rows)), TIME(activate(rows)));
+    printf("fused projection %6u:", rows);
+    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles <= HSTU_TILES_64X64; tiles++)
+        printf(" %s %.1f", name[tiles], TIME(project(l, rows, tiles)));
+    printf("; gate alone %.1f\n", TIME(gate(rows)));
 }
 
 static void shape(struct hstu_gemm *gemm, enum hstu_product product, uint32_t rows, uint32_t n,
@@ -238,11 +242,11 @@ int main(int argc, char **argv)
     check_cuda(cudaMalloc((void **)&one_slice, MOST_ROWS));
     check_cuda(cudaMalloc((void **)&x, (uint64_t)MOST_ROWS * E * 2));
     check_cuda(cudaMalloc((void **)&partial, (uint64_t)MOST_ROWS * E * 4));
-    check_cuda(cudaMalloc((void **)&moments, MOST_ROWS * HEADS * sizeof *moments));
+    check_cuda(cudaMalloc((void **)&moments, MOST_ROWS * (E / 128) * sizeof *moments));
     check_cuda(cudaMalloc((void **)&new_moments, MOST_ROWS * (E / 64) * sizeof *moments));
     check_cuda(cudaMalloc((void **)&fold, 4 * E * sizeof *fold));
     check_cuda(cudaMemset(one_slice, 1, MOST_ROWS));
-    check_cuda(cudaMemset(moments, 0, MOST_ROWS * HEADS * sizeof *moments));
+    check_cuda(cudaMemset(moments, 0, MOST_ROWS * (E / 128) * sizeof *moments));
     check_cuda(cudaMemset(fold, 0, 4 * E * sizeof *fold));
     check_cuda(cudaMemset(no_slots, 0xff, MOST_ROWS * 4));
     check_cuda(cudaMemset(all_rows, 0, MOST_ROWS * 4));

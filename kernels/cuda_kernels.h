@@ -134,7 +134,15 @@ int hstu_launch_product(enum hstu_product product, const struct hstu_product_arg
  *
  * Rows of padding are computed like any other; what comes of them is in their own rows. */
 
-enum hstu_tiles { HSTU_TILES_ANY, HSTU_TILES_LARGE, HSTU_TILES_MEDIUM, HSTU_TILES_SMALL };
+/* Rows by columns. */
+enum hstu_tiles {
+    HSTU_TILES_ANY,
+    HSTU_TILES_128X256,
+    HSTU_TILES_256X128,
+    HSTU_TILES_192X128,
+    HSTU_TILES_128X128,
+    HSTU_TILES_64X64 /* of the projection only */
+};
 
 /* m = SiLU(LN(x) W + bias), and K and V of rows that have a slot to their page. x [rows][k], b
  * [k][n], m [rows][n], n = 4HD. Where the norm has weight w and bias v, b is W with row i times
@@ -152,19 +160,19 @@ struct hstu_uvqk_args {
     uint32_t layer, rows, n, k, parts, sm_count;
     float eps;
     bool early;            /* may start while the kernel before it ends */
-    enum hstu_tiles tiles; /* for tests: large or small */
+    enum hstu_tiles tiles; /* ANY, but in tests */
 };
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream);
 
-/* x += y b, and the moments of x's new values. y [rows][k], b [k][n], x [rows][n]; k and n
- * multiples of 64, for large tiles n of 256, for medium ones of 128. */
+/* x += y b, and the moments of x's new values. y [rows][k], b [k][n], x [rows][n]; k a multiple of
+ * 64, n of the tiles' columns. */
 struct hstu_project_args {
     const void *y, *b;
     void *x;
     struct hstu_moments *moments; /* out, [parts][rows] */
     uint32_t rows, n, k, sm_count;
     bool early;
-    enum hstu_tiles tiles; /* for tests */
+    enum hstu_tiles tiles; /* ANY, but in tests */
 };
 int hstu_launch_project_sm90(const struct hstu_project_args *args, void *stream);
 /* How many parts the moments have. */

@@ -6,10 +6,12 @@
  * sum, so a tile's history may be cut into slices whose partial outputs simply add: that is how a
  * small batch fills the machine. All slices of a sequence but each tile's last have the same
  * length, its target. It need not divide the history: a long slice and a short rest fill a machine
- * that two halves do not. For each possible target the planner works out when the last worker would
- * finish if the graph's rows were all filled by copies of this one sequence, and takes the best. It
- * looks at the graph size and at this sequence alone, never at its batch mates, so who else is in
- * the batch cannot change a single bit.
+ * that two halves do not. What comes behind the slices, candidates' own keys for example, belongs
+ * to a tile's last one, or, in small batches, where the longest unit is what counts, is a slice of
+ * its own. For each possible cutting the planner works out when the last worker would finish if the
+ * graph's rows were all filled by copies of this one sequence, and takes the best. It looks at the
+ * graph size and at this sequence alone, never at its batch mates, so who else is in the batch
+ * cannot change a single bit.
  *
  * A worker takes a unit of work at a time: an item, or two where the path's blocks work in pairs
  * (struct hstu_attention_path). Two items of a unit are neighbouring tiles of one head and slice,
@@ -25,14 +27,15 @@
 enum {
     PLANE_ROWS = 32768, /* rows of partial sums that all planes of a graph may have together */
     MAX_SLICES = 16,    /* a slice of 4096 keys / 16 is 256: shorter ones are mostly overhead */
-    /* Time in ticks: a key step of a unit, and what starting and ending a unit adds (Q, the partial
-     * sums, what of the pipeline's filling is not hidden behind the unit before). Reading a plane
-     * back in the gate kernel costs 1/5600 step a row and head. */
-    STEP_TICKS = 10,
+    /* Time in ticks: half a key step of a unit, and what starting and ending a unit adds (Q, the
+     * partial sums, what of the pipeline's filling is not hidden behind the unit before). Writing a
+     * plane and reading it back in the gate kernel costs a tick for so many rows and heads. */
+    HALF_STEP_TICKS = 5,
     UNIT_TICKS = 12,
-    ROW_STEP_SHARE = 5600,
+    TICK_ROWS = 560,
+    PARTED_SLICES = 4,  /* where a graph has fewer, nothing is a slice of its own but slices */
     FINE_STEPS = 32,    /* targets up to this are tried one by one, longer ones 1/32 apart */
-    LENGTHS = 1024,     /* longer units count as if they were this long */
+    LENGTHS = 1024,     /* in half steps; longer units count as if they were this long */
     MOMENTS = 512,      /* of a timeline; a power of two */
     MAX_WORKERS = 1024, /* multiprocessors, or pairs of them */
 };
@@ -54,18 +57,30 @@ struct tile {
     uint32_t history_steps;
 };
 
-/* Two neighbouring tiles, cut alike, or one that has none to join: then it is both. */
+/* How a sequence's keys are cut. */
+struct cutting {
+    uint32_t target; /* steps of history a slice */
+    bool apart;      /* what else a tile has is a slice of its own */
+};
+
+/* Two neighbouring tiles, cut alike, or one that has none to join: then it is both. Slices of the
+ * history come first; the lower one's history may be a step longer, which makes its last slice
+ * longer, or is a slice of its own. */
 struct neighbours {
     struct tile upper, lower;
-    uint32_t slices; /* of each; the lower one's last may be a step longer */
+    uint32_t slices, lower_slices; /* of the history */
     bool joined;
+    bool upper_own, lower_own; /* have a slice more, of candidates' own keys */
 };
 
-struct cut {
-    uint32_t slice, key0, key1;
+/* One slice of two neighbours, or of the lower one alone. */
+struct part {
+    uint32_t slice, key0, upper_key1, lower_key1;
+    uint32_t length; /* of its unit */
+    bool both;
 };
 
-/* Units by their length in steps. */
+/* Units by their length in half key steps. */
 struct lengths {
     uint32_t count[LENGTHS];
     uint32_t longest;
@@ -121,19 +136,29 @@ static struct tile tile_at(const struct shape *s, uint32_t index)
     return t;
 }
 
-static void neighbours_at(const struct shape *s, uint32_t index, uint32_t target,
+static void neighbours_at(const struct shape *s, uint32_t index, struct cutting cutting,
                           struct neighbours *n)
 {
     n->joined = s->unit_items == 2 && index + 1 < s->tiles;
     n->upper = tile_at(s, index);
     n->lower = tile_at(s, n->joined ? index + 1 : index);
-    n->slices = max_u32(divide_up(n->upper.history_steps, target), 1);
+    n->slices = n->lower_slices = max_u32(divide_up(n->upper.history_steps, cutting.target), 1);
+    if (cutting.apart)
+        n->lower_slices = max_u32(divide_up(n->lower.history_steps, cutting.target), 1);
+    n->upper_own = cutting.apart && n->upper.end > s->history;
+    n->lower_own = cutting.apart && n->lower.end > s->history;
 }
 
-/* Key tiles that a block walks for rows [first, end) over keys [key0, key1): of the prefix, of the
- * in-flight history and of the candidates' own groups, none of which shares a tile with another. */
-static uint32_t steps_of(const struct shape *s, uint32_t first, uint32_t end, uint32_t key0,
-                         uint32_t key1)
+/* Key tiles of the own groups of candidates among rows [first, end), if there are any. */
+static uint32_t own_steps(const struct shape *s, uint32_t first, uint32_t end)
+{
+    uint32_t from = first > s->history ? (first - s->history) / s->group * s->group : 0;
+    return end > s->history ? divide_up(end - s->history - from, s->key_step) : 0;
+}
+
+/* Key tiles of the history in [key0, key1) that a block walks for rows up to `end`: of the prefix
+ * and of the in-flight history, which share no tile. */
+static uint32_t history_steps(const struct shape *s, uint32_t end, uint32_t key0, uint32_t key1)
 {
     uint32_t seen = min_u32(min_u32(s->history, end), key1), steps = 0;
     uint32_t prefix_end = min_u32(s->cached, seen), flight = max_u32(key0, s->cached);
@@ -141,11 +166,26 @@ static uint32_t steps_of(const struct shape *s, uint32_t first, uint32_t end, ui
         steps += divide_up(prefix_end - key0, s->key_step);
     if (flight < seen)
         steps += divide_up(seen - flight, s->key_step);
-    if (key1 > s->history) {
-        uint32_t own = first > s->history ? (first - s->history) / s->group * s->group : 0;
-        steps += divide_up(key1 - s->history - own, s->key_step);
+    return steps;
+}
+
+/* The length of a unit of two tiles, or of one: the kernel's blocks share their key tiles only
+ * where candidates' own keys, which are nobody else's, do not make that too dear (joins() in
+ * attention_sm90_item.cuh). */
+static uint32_t unit_length(const struct shape *s, const struct neighbours *n,
+                            const struct part *part)
+{
+    const struct tile *upper = part->both ? &n->upper : &n->lower, *lower = &n->lower;
+    uint32_t shared = history_steps(s, lower->end, part->key0, part->lower_key1), own = 0;
+    if (part->lower_key1 > s->history) {
+        uint32_t alone = own_steps(s, lower->first, lower->end);
+        own = own_steps(s, upper->first, lower->end);
+        if (upper->end > s->history && (own - alone) * 8 > shared)
+            own = max_u32(alone, own_steps(s, upper->first, upper->end));
     }
-    return min_u32(max_u32(steps, 1), LENGTHS - 1);
+    /* Of its own keys' tile a warpgroup multiplies half, where the groups are small. */
+    own *= s->group * 2 <= s->key_step ? 1 : 2;
+    return min_u32(max_u32(shared * 2 + own, 1), LENGTHS - 1);
 }
 
 static uint32_t slice_key(const struct shape *s, uint32_t target, uint32_t slice)
@@ -153,32 +193,53 @@ static uint32_t slice_key(const struct shape *s, uint32_t target, uint32_t slice
     return slice * target * s->key_step;
 }
 
-/* The length of the unit that slice k belongs to. */
-static uint32_t unit_steps(const struct shape *s, const struct neighbours *n, uint32_t target,
-                           uint32_t k)
+/* Slices of the lower one. */
+static uint32_t parts_of(const struct neighbours *n)
 {
-    uint32_t end = k + 1 == n->slices ? n->lower.end : slice_key(s, target, k + 1);
-    return steps_of(s, n->upper.first, n->lower.end, slice_key(s, target, k), end);
+    return n->lower_slices + n->lower_own;
 }
 
-static void count_units(struct lengths *l, uint32_t steps, uint32_t count)
+static struct part part_at(const struct shape *s, const struct neighbours *n,
+                           struct cutting cutting, uint32_t k)
 {
-    l->count[steps] += count;
-    l->ticks += (uint64_t)count * (steps * STEP_TICKS + UNIT_TICKS);
-    l->longest = max_u32(l->longest, steps);
+    uint32_t next = slice_key(s, cutting.target, k + 1);
+    struct part part = {.slice = k,
+                        .key0 = slice_key(s, cutting.target, k),
+                        .upper_key1 = next,
+                        .lower_key1 = next,
+                        .both = n->joined && k < n->slices};
+    if (k + 1 == n->slices)
+        part.upper_key1 = n->upper_own ? s->history : n->upper.end;
+    if (k + 1 == n->lower_slices)
+        part.lower_key1 = n->lower_own ? s->history : n->lower.end;
+    if (k == n->lower_slices) {
+        part.key0 = s->history;
+        part.upper_key1 = n->upper.end;
+        part.lower_key1 = n->lower.end;
+        part.both = n->joined && n->upper_own;
+    }
+    part.length = unit_length(s, n, &part);
+    return part;
+}
+
+static void count_units(struct lengths *l, uint32_t length, uint32_t count)
+{
+    l->count[length] += count;
+    l->ticks += (uint64_t)count * (length * HALF_STEP_TICKS + UNIT_TICKS);
+    l->longest = max_u32(l->longest, length);
 }
 
 /* Items without a neighbour: two by two in the order in which they come. */
-static void count_singles(struct lengths *l, uint32_t steps, uint32_t count)
+static void count_singles(struct lengths *l, uint32_t length, uint32_t count)
 {
     if (l->single && count) {
-        count_units(l, max_u32(l->single, steps), 1);
+        count_units(l, max_u32(l->single, length), 1);
         l->single = 0;
         count--;
     }
-    count_units(l, steps, count / 2);
+    count_units(l, length, count / 2);
     if (count % 2)
-        l->single = steps;
+        l->single = length;
 }
 
 static void count_last_single(struct lengths *l)
@@ -188,21 +249,29 @@ static void count_last_single(struct lengths *l)
     l->single = 0;
 }
 
+static void copy_units(struct lengths *l, uint32_t copies)
+{
+    for (uint32_t length = 1; length <= l->longest; length++)
+        l->count[length] *= copies;
+    l->ticks *= copies;
+}
+
 /* Counts the units of a sequence by length. Returns what is read back, in rows of a plane. */
-static uint32_t count_sequence(const struct shape *s, uint32_t target, uint32_t heads,
+static uint32_t count_sequence(const struct shape *s, struct cutting cutting, uint32_t heads,
                                struct lengths *l)
 {
     uint32_t plane_rows = 0;
     for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
         struct neighbours n;
-        neighbours_at(s, i, target, &n);
-        plane_rows += n.slices * (n.lower.end - n.upper.first);
-        for (uint32_t k = 0; k < n.slices; k++) {
-            uint32_t steps = unit_steps(s, &n, target, k);
-            if (n.joined || s->unit_items == 1)
-                count_units(l, steps, heads);
+        neighbours_at(s, i, cutting, &n);
+        plane_rows += parts_of(&n) * n.lower.rows;
+        plane_rows += n.joined ? (n.slices + n.upper_own) * n.upper.rows : 0;
+        for (uint32_t k = 0; k < parts_of(&n); k++) {
+            struct part part = part_at(s, &n, cutting, k);
+            if (part.both || s->unit_items == 1)
+                count_units(l, part.length, heads);
             else
-                count_singles(l, steps, heads);
+                count_singles(l, part.length, heads);
         }
     }
     return plane_rows;
@@ -214,14 +283,14 @@ static uint32_t count_sequence(const struct shape *s, uint32_t target, uint32_t 
 static uint32_t tick_shift(uint32_t longest)
 {
     uint32_t shift = 0;
-    while ((longest * STEP_TICKS + UNIT_TICKS) >> shift >= MOMENTS)
+    while ((longest * HALF_STEP_TICKS + UNIT_TICKS) >> shift >= MOMENTS)
         shift++;
     return shift;
 }
 
-static uint32_t ticks_of(uint32_t steps, uint32_t shift)
+static uint32_t ticks_of(uint32_t length, uint32_t shift)
 {
-    return (steps * STEP_TICKS + UNIT_TICKS) >> shift;
+    return (length * HALF_STEP_TICKS + UNIT_TICKS) >> shift;
 }
 
 static void timeline_clear(struct timeline *t)
@@ -265,9 +334,9 @@ static uint64_t finish(const struct lengths *l, uint32_t workers, uint64_t limit
     timeline_clear(&line);
     uint32_t shift = tick_shift(l->longest), end = 0;
     timeline_set(&line, 0, workers);
-    for (uint32_t steps = l->longest; steps > 0; steps--) {
-        uint32_t ticks = ticks_of(steps, shift);
-        for (uint32_t left = l->count[steps]; left > 0;) {
+    for (uint32_t length = l->longest; length > 0; length--) {
+        uint32_t ticks = ticks_of(length, shift);
+        for (uint32_t left = l->count[length]; left > 0;) {
             uint32_t moment = timeline_first(&line), busy = (moment + ticks) % MOMENTS;
             uint32_t taken = min_u32(left, timeline_at(&line, moment));
             end = max_u32(end, line.now + ticks);
@@ -281,32 +350,39 @@ static uint64_t finish(const struct lengths *l, uint32_t workers, uint64_t limit
     return (uint64_t)end << shift;
 }
 
-/* The slice length for a sequence, in key steps of history. */
-static uint32_t choose_target(const struct shape *s, uint32_t graph_rows, uint32_t workers,
-                              uint32_t max_slices)
+/* How to cut a sequence. */
+static struct cutting choose_cutting(const struct shape *s, uint32_t graph_rows, uint32_t workers,
+                                     uint32_t max_slices)
 {
     struct tile last = tile_at(s, s->tiles - 1);
-    uint32_t longest = max_u32(last.history_steps, 1), best = longest;
-    uint32_t least = divide_up(longest, max_slices);
-    uint32_t copies = graph_rows / s->rows;
+    uint32_t longest = max_u32(last.history_steps, 1), copies = graph_rows / s->rows;
+    struct cutting best = {longest, false};
     uint64_t best_time = UINT64_MAX;
     struct lengths l = {.longest = 0};
-    for (uint32_t target = longest; target >= least && longest > least;
-         target -= 1 + (target - 1) / FINE_STEPS) {
-        uint64_t reading = count_sequence(s, target, s->heads * copies, &l);
-        reading = reading * copies * s->heads * STEP_TICKS / ROW_STEP_SHARE;
-        count_last_single(&l);
-        /* Shorter slices only add to the sum of all units and to what is read back. */
-        if (l.ticks / workers + reading >= best_time)
-            break;
-        uint64_t time = finish(&l, workers, best_time - reading);
-        if (time < best_time - reading) {
-            best_time = time + reading;
-            best = target;
+    /* Slices of the portable path begin at multiples of its key step. */
+    bool may_part = s->unit_items == 2 && max_slices >= PARTED_SLICES && s->history > 0 &&
+                    last.end > s->history;
+    for (uint32_t apart = 0; apart <= may_part; apart++) {
+        uint32_t least = divide_up(longest, max_slices - apart);
+        for (uint32_t target = longest; target >= least && (longest > least || apart);
+             target -= 1 + (target - 1) / FINE_STEPS) {
+            struct cutting cutting = {target, apart};
+            uint64_t reading = count_sequence(s, cutting, s->heads, &l);
+            reading = reading * copies * s->heads / TICK_ROWS;
+            count_last_single(&l);
+            copy_units(&l, copies);
+            bool hopeless = l.ticks / workers + reading >= best_time;
+            uint64_t time = hopeless ? UINT64_MAX : finish(&l, workers, best_time - reading);
+            if (!hopeless && time < best_time - reading) {
+                best_time = time + reading;
+                best = cutting;
+            }
+            memset(l.count, 0, (l.longest + 1) * sizeof *l.count);
+            l.longest = 0;
+            l.ticks = 0;
+            if (hopeless) /* shorter slices only add to the sum of units and to what is read */
+                break;
         }
-        memset(l.count, 0, (l.longest + 1) * sizeof *l.count);
-        l.longest = 0;
-        l.ticks = 0;
     }
     return best;
 }
@@ -318,44 +394,44 @@ struct list {
     uint32_t unit_items;
     uint32_t place[LENGTHS]; /* the next unit of each length */
     struct hstu_work single; /* waits for a second item, as in struct lengths */
-    uint32_t single_steps;
+    uint32_t single_length;
 };
 
-static struct hstu_work *next_unit(struct list *to, uint32_t steps)
+static struct hstu_work *next_unit(struct list *to, uint32_t length)
 {
-    return to->work + to->place[steps]++ * to->unit_items;
+    return to->work + to->place[length]++ * to->unit_items;
 }
 
 /* Where an item without a neighbour goes: beside the one before it, or it waits for another. */
-static struct hstu_work *next_single(struct list *to, uint32_t steps)
+static struct hstu_work *next_single(struct list *to, uint32_t length)
 {
     if (to->unit_items == 1)
-        return next_unit(to, steps);
-    if (!to->single_steps) {
-        to->single_steps = steps;
+        return next_unit(to, length);
+    if (!to->single_length) {
+        to->single_length = length;
         return &to->single;
     }
-    struct hstu_work *unit = next_unit(to, max_u32(to->single_steps, steps));
+    struct hstu_work *unit = next_unit(to, max_u32(to->single_length, length));
     unit[0] = to->single;
-    to->single_steps = 0;
+    to->single_length = 0;
     return &unit[1];
 }
 
 static void put_last_single(struct list *to)
 {
-    if (to->single_steps)
+    if (to->single_length)
         *next_single(to, 0) = (struct hstu_work){.rows = 0};
 }
 
-static struct hstu_work item_of(const struct place *at, const struct tile *t, const struct cut *cut,
-                                uint32_t head)
+static struct hstu_work item_of(const struct place *at, const struct tile *t,
+                                const struct part *part, uint32_t key1, uint32_t head)
 {
     return (struct hstu_work){.sequence = at->sequence,
                               .head = head,
                               .row0 = t->row0,
-                              .key0 = cut->key0,
-                              .key1 = cut->key1,
-                              .slice = cut->slice,
+                              .key0 = part->key0,
+                              .key1 = key1,
+                              .slice = part->slice,
                               .rows = t->rows,
                               .history = at->shape->history,
                               .cached = at->shape->cached,
@@ -365,26 +441,25 @@ static struct hstu_work item_of(const struct place *at, const struct tile *t, co
 }
 
 /* Puts a sequence's units into the list, as count_sequence() counts them. */
-static void put_sequence(const struct place *at, uint32_t target, struct list *to,
+static void put_sequence(const struct place *at, struct cutting cutting, struct list *to,
                          uint8_t *row_slices)
 {
     const struct shape *s = at->shape;
     for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
         struct neighbours n;
-        neighbours_at(s, i, target, &n);
-        memset(row_slices + n.upper.row0, (int)n.slices, n.lower.end - n.upper.first);
-        for (uint32_t k = 0; k < n.slices; k++) {
-            uint32_t steps = unit_steps(s, &n, target, k), key1 = slice_key(s, target, k + 1);
-            bool last = k + 1 == n.slices;
-            struct cut upper = {k, slice_key(s, target, k), last ? n.upper.end : key1};
-            struct cut lower = {k, upper.key0, last ? n.lower.end : key1};
+        neighbours_at(s, i, cutting, &n);
+        memset(row_slices + n.upper.row0, (int)n.slices + n.upper_own, n.upper.rows);
+        memset(row_slices + n.lower.row0, (int)parts_of(&n), n.lower.rows);
+        for (uint32_t k = 0; k < parts_of(&n); k++) {
+            struct part part = part_at(s, &n, cutting, k);
             for (uint32_t head = 0; head < s->heads; head++) {
-                if (n.joined) {
-                    struct hstu_work *unit = next_unit(to, steps);
-                    unit[0] = item_of(at, &n.upper, &upper, head);
-                    unit[1] = item_of(at, &n.lower, &lower, head);
+                if (part.both) {
+                    struct hstu_work *unit = next_unit(to, part.length);
+                    unit[0] = item_of(at, &n.upper, &part, part.upper_key1, head);
+                    unit[1] = item_of(at, &n.lower, &part, part.lower_key1, head);
                 } else {
-                    *next_single(to, steps) = item_of(at, &n.lower, &lower, head);
+                    *next_single(to, part.length) =
+                        item_of(at, &n.lower, &part, part.lower_key1, head);
                 }
             }
         }
@@ -398,9 +473,9 @@ static void link_units(struct hstu_work *work, const struct lengths *l, uint32_t
     timeline_clear(&line);
     uint16_t after[MAX_WORKERS + 1]; /* a moment's workers are a chain of worker + 1 */
     uint32_t latest[MAX_WORKERS + 1], shift = tick_shift(l->longest), unit = 0;
-    for (uint32_t steps = l->longest; steps > 0; steps--) {
-        uint32_t ticks = ticks_of(steps, shift);
-        for (uint32_t left = l->count[steps]; left > 0; left--, unit++) {
+    for (uint32_t length = l->longest; length > 0; length--) {
+        uint32_t ticks = ticks_of(length, shift);
+        for (uint32_t left = l->count[length]; left > 0; left--, unit++) {
             uint32_t worker = unit + 1, moment = 0;
             if (unit >= workers) {
                 moment = timeline_first(&line);
@@ -423,7 +498,8 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
 {
     uint32_t workers = max_u32(sm_count / path->unit_items, 1);
     assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1 && workers <= MAX_WORKERS);
-    uint32_t tile_rows = path->tile_rows(geometry->head_dim), targets[SKV_MAX_BATCH] = {0};
+    uint32_t tile_rows = path->tile_rows(geometry->head_dim);
+    struct cutting cuttings[SKV_MAX_BATCH] = {{0}};
     struct shape shapes[SKV_MAX_BATCH];
     struct lengths l = {.longest = 0};
     for (uint32_t b = 0; b < count; b++) {
@@ -440,25 +516,25 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
                                    .heads = geometry->heads};
         /* Identical shapes, the usual case in a benchmark, are planned once. */
         if (b > 0 && memcmp(&shapes[b], &shapes[b - 1], sizeof shapes[b]) == 0)
-            targets[b] = targets[b - 1];
+            cuttings[b] = cuttings[b - 1];
         else if (shapes[b].rows)
-            targets[b] = choose_target(&shapes[b], rows, workers, max_slices);
-        count_sequence(&shapes[b], targets[b], geometry->heads, &l);
+            cuttings[b] = choose_cutting(&shapes[b], rows, workers, max_slices);
+        count_sequence(&shapes[b], cuttings[b], geometry->heads, &l);
     }
     count_last_single(&l);
 
     struct list to = {.work = work, .unit_items = path->unit_items};
     uint32_t units = 0, row = 0, page = 0;
-    for (uint32_t steps = l.longest; steps > 0; steps--) {
-        to.place[steps] = units;
-        units += l.count[steps];
+    for (uint32_t length = l.longest; length > 0; length--) {
+        to.place[length] = units;
+        units += l.count[length];
     }
     if (units * path->unit_items > capacity)
         return 0;
     for (uint32_t b = 0; b < count; b++) {
         struct place at = {&shapes[b], b, row, page};
         assert(row + shapes[b].rows <= rows);
-        put_sequence(&at, targets[b], &to, row_slices + row);
+        put_sequence(&at, cuttings[b], &to, row_slices + row);
         row += shapes[b].rows;
         page += hstu_pages_listed(&sequences[b], geometry->page_tokens);
     }

@@ -14,6 +14,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cudaTypedefs.h>
+#include <math.h>
 
 #include "gemm_sm90_ptx.cuh"
 #include "mma.cuh"
@@ -43,6 +44,10 @@ template <int Groups, int Columns, int Stages, int Cluster> struct shape {
     static constexpr int OWN = BARRIERS + STAGES * 16; /* a kernel's own, aligned to 16 */
     static constexpr int SHARED = OWN + 1024;          /* and room to align */
     static constexpr int THREADS = 128 * (1 + GROUPS);
+    /* Registers of a thread: the warpgroup of the producer gives some of its share to the others.
+     */
+    static constexpr int FEW = GROUPS == 4 ? 64 : 56;
+    static constexpr int MANY = GROUPS == 2 ? 224 : GROUPS == 3 ? 152 : 104;
     static_assert(SHARED <= 227 * 1024, "one block a multiprocessor");
 };
 
@@ -194,12 +199,12 @@ __device__ __forceinline__ void run_block(uint32_t shared, Produce produce, Cons
     const uint32_t group = threadIdx.x / 128;
     if (group == 0) {
         if (S::GROUPS > 1)
-            sm90::registers_shrink<56>();
+            sm90::registers_shrink<S::FEW>();
         ring.phase = 1;
         produce(ring);
     } else {
         if (S::GROUPS > 1)
-            sm90::registers_grow<224>();
+            sm90::registers_grow<S::MANY>();
         consume(ring, group - 1);
     }
     if (S::CLUSTER > 1) {
@@ -293,6 +298,25 @@ template <typename S> uint32_t tiles_of(uint32_t rows, uint32_t n)
 template <typename S> uint32_t rounds_of(uint32_t rows, uint32_t n, uint32_t sm_count)
 {
     return (tiles_of<S>(rows, n) + sm_count - 1) / sm_count;
+}
+
+/* Microseconds that the product takes: S::START, and S::ROUND a round at k 1024 (bench_gemm, on an
+ * H100). */
+template <typename S> double estimate(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
+{
+    if (n % S::COLUMNS)
+        return INFINITY;
+    return S::START + S::ROUND * k / 1024 * rounds_of<S>(rows, n, sm_count);
+}
+
+/* Of those up to `last` the tiles with the least cost. */
+template <typename Cost> enum hstu_tiles fastest_tiles(enum hstu_tiles last, Cost cost)
+{
+    int best = last;
+    for (int tiles = HSTU_TILES_ANY + 1; tiles < last; tiles++)
+        if (cost((enum hstu_tiles)tiles) < cost((enum hstu_tiles)best))
+            best = tiles;
+    return (enum hstu_tiles)best;
 }
 
 /* A block a multiprocessor at most. `early`: may start while the kernel before it ends. */

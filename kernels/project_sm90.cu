@@ -10,8 +10,6 @@
  * Moves: y once per column block (from L2), P once per two row blocks, x twice. */
 #include "gemm_sm90.cuh"
 
-#include <math.h>
-
 namespace
 {
 
@@ -25,9 +23,31 @@ struct projection : shape<Groups, Columns, Stages, Cluster> {
     static constexpr int X_BYTES = base::ROWS * X_COLUMNS * 2;
     static_assert(X_BYTES <= base::STAGE_BYTES && X_STEPS < Stages);
 };
-using large = projection<2, 256, 4, 2>;
-using medium = projection<2, 128, 6, 1>;
-using small = projection<1, 64, 12, 1>;
+struct by_256 : projection<2, 256, 4, 2> {
+    static constexpr double START = 2.5, ROUND = 12.2;
+};
+template <int Groups, int Stages> struct by_128 : projection<Groups, 128, Stages, 1> {
+    static constexpr double START = 1.2;
+    static constexpr double ROUND = Groups == 3 ? 10 : 7;
+};
+struct by_64 : projection<1, 64, 12, 1> {
+    static constexpr double START = 2, ROUND = 3.2;
+};
+
+/* Calls f with the shape of these tiles. */
+template <typename F> auto with_shape(enum hstu_tiles tiles, F f)
+{
+    switch (tiles) {
+    case HSTU_TILES_128X256:
+        return f(by_256());
+    case HSTU_TILES_192X128:
+        return f(by_128<3, 5>());
+    case HSTU_TILES_128X128:
+        return f(by_128<2, 6>());
+    default:
+        return f(by_64());
+    }
+}
 
 struct parameters {
     CUtensorMap y, b, x;
@@ -232,39 +252,27 @@ template <typename S> int launch(const struct hstu_project_args *args, cudaStrea
                            args->early, stream);
 }
 
-/* Microseconds of a round at k 1024 on an H100 (bench_gemm). */
-template <typename S> double cost(const struct hstu_project_args *a, double round)
-{
-    return a->n % S::COLUMNS ? INFINITY : rounds_of<S>(a->rows, a->n, a->sm_count) * round;
-}
-
 enum hstu_tiles choose(const struct hstu_project_args *args)
 {
-    double by_large = cost<large>(args, 11), by_medium = cost<medium>(args, 6.5),
-           by_small = cost<small>(args, 4.5);
-    if (by_small <= by_medium && by_small <= by_large)
-        return HSTU_TILES_SMALL;
-    return by_medium <= by_large ? HSTU_TILES_MEDIUM : HSTU_TILES_LARGE;
+    if (args->tiles != HSTU_TILES_ANY)
+        return args->tiles;
+    return fastest_tiles(HSTU_TILES_64X64, [&](enum hstu_tiles tiles) {
+        return with_shape(tiles, [&](auto shape) {
+            return estimate<decltype(shape)>(args->rows, args->n, args->k, args->sm_count);
+        });
+    });
 }
 
 } // namespace
 
 uint32_t hstu_project_sm90_parts(const struct hstu_project_args *args)
 {
-    enum hstu_tiles tiles = args->tiles == HSTU_TILES_ANY ? choose(args) : args->tiles;
-    return args->n / (tiles == HSTU_TILES_LARGE    ? large::COLUMNS
-                      : tiles == HSTU_TILES_MEDIUM ? medium::COLUMNS
-                                                   : small::COLUMNS);
+    return with_shape(choose(args), [&](auto shape) { return args->n / shape.COLUMNS; });
 }
 
 int hstu_launch_project_sm90(const struct hstu_project_args *args, void *stream)
 {
-    switch (args->tiles == HSTU_TILES_ANY ? choose(args) : args->tiles) {
-    case HSTU_TILES_LARGE:
-        return launch<large>(args, (cudaStream_t)stream);
-    case HSTU_TILES_MEDIUM:
-        return launch<medium>(args, (cudaStream_t)stream);
-    default:
-        return launch<small>(args, (cudaStream_t)stream);
-    }
+    return with_shape(choose(args), [&](auto shape) {
+        return launch<decltype(shape)>(args, (cudaStream_t)stream);
+    });
 }

@@ -12,18 +12,34 @@
  * Moves: x once per column block (from L2), W' once per two row blocks, m once; a page row once. */
 #include "gemm_sm90.cuh"
 
-#include <math.h>
-
 namespace
 {
 
-/* SHADOW: a tile is finished while the next one is multiplied; for blocks of many tiles. */
-struct large : shape<2, 256, 4, 2> {
+/* SHADOW: a tile is finished while the next one is multiplied. */
+struct by_256 : shape<2, 256, 4, 2> {
     static constexpr bool SHADOW = true;
+    static constexpr double START = 11, ROUND = 11.8;
 };
-struct small : shape<2, 128, 6, 1> {
-    static constexpr bool SHADOW = false;
+template <int Groups, int Stages, bool Shadow> struct by_128 : shape<Groups, 128, Stages, 1> {
+    static constexpr bool SHADOW = Shadow;
+    static constexpr double START = Groups == 3 ? 3.9 : 2.5;
+    static constexpr double ROUND = Groups == 4 ? 13.5 : Groups == 3 ? 9.3 : 7.7;
 };
+
+/* Calls f with the shape of these tiles. */
+template <typename F> auto with_shape(enum hstu_tiles tiles, F f)
+{
+    switch (tiles) {
+    case HSTU_TILES_128X256:
+        return f(by_256());
+    case HSTU_TILES_256X128:
+        return f(by_128<4, 3, false>());
+    case HSTU_TILES_192X128:
+        return f(by_128<3, 4, true>());
+    default:
+        return f(by_128<2, 6, false>());
+    }
+}
 
 /* Where this layer's K and V lie in the pool: per page K of every head, then V, `bytes` a page. */
 struct page_layout {
@@ -162,7 +178,7 @@ template <int Batch> __device__ __forceinline__ float2 norm_of(const parameters 
 /* The note warps. */
 template <typename S> __device__ void note(const parameters &p, tile_notes<S> notes)
 {
-    constexpr int BATCH = S::SHADOW ? 4 : 16;
+    constexpr int BATCH = S::SHADOW ? 8 : 16;
     schedule<S> tiles(p.rows, p.n);
     const uint32_t thread = threadIdx.x - 32;
     uint32_t row0, column0;
@@ -206,43 +222,47 @@ __device__ __forceinline__ uint32_t activate(uint32_t pair)
     return mma::pack(mma::silu(x.x), mma::silu(x.y));
 }
 
-/* A warpgroup's tile between its products and memory: sums, normed, with bias, rounded to bf16.
- * A thread's part, as wgmma lays sums out: rows lane / 4 and that + 8 of its warp's 16, columns
- * 8i + 2 (lane % 4) and the next. */
-template <typename S> struct finished {
-    uint32_t word[S::COLUMNS / 4]; /* [i][row] */
-    uint32_t row0, column0;        /* of the tile */
-    uint32_t slot[4];              /* of the rows that this lane stores */
+/* A tile whose sums go to memory. */
+struct place {
+    uint32_t row0, column0;
+    uint32_t slot[4]; /* of the rows that this lane stores */
+
+    __device__ __forceinline__ void ask_slots(const parameters &p, uint32_t warp)
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            slot[i] = __ldg(p.slot + min(stored_row(row0, warp, i), p.rows - 1));
+    }
 };
 
-/* Columns 16 * piece and on: activated, to the warp's staging; every fourth time the 64 columns
- * there go to memory. */
-template <typename S>
-__device__ __forceinline__ void finish(const parameters &p, const finished<S> &tile, int piece,
-                                       uint32_t staging, uint32_t warp)
+/* Columns 16 * piece and on of a tile: activated, to the warp's staging; every fourth time the 64
+ * columns there go to memory. */
+__device__ __forceinline__ void finish(const parameters &p, const place &at, const uint32_t *sums,
+                                       int piece, uint32_t staging, uint32_t warp)
 {
     uint32_t word[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        word[i] = activate(tile.word[piece * 4 + i]);
+        word[i] = activate(sums[i]);
     stage_piece(staging, piece, word);
     if (piece % 4 != 3)
         return;
-    const uint32_t column = tile.column0 + piece / 4 * 64 + threadIdx.x % 8 * 8;
+    const uint32_t column = at.column0 + piece / 4 * 64 + threadIdx.x % 8 * 8;
     char *page = page_column(p, column);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const uint32_t row = stored_row(tile.row0, warp, i);
+        const uint32_t row = stored_row(at.row0, warp, i);
         uint4 bits = staged(staging, i);
         if (row >= p.rows)
             continue;
         *reinterpret_cast<uint4 *>(p.out + (uint64_t)row * p.n + column) = bits;
-        store_page(p, page, tile.slot[i], bits);
+        store_page(p, page, at.slot[i], bits);
     }
 }
 
-/* One consumer warpgroup. */
+/* One consumer warpgroup. Of its tile a thread has, as wgmma lays sums out, rows lane / 4 and that
+ * + 8 of its warp's 16, columns 8i + 2 (lane % 4) and the next. */
 template <typename S>
 __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> notes,
                         uint32_t group)
@@ -253,8 +273,8 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     const uint32_t staging = ring.shared + S::STAGING + warp * STAGING_BYTES;
     uint32_t row0, column0;
     float d[S::COLUMNS / 2];
-    finished<S> last = {}; /* of no row yet */
-    last.row0 = p.rows;
+    uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4]; /* [i][row]; normed, with bias, rounded */
+    place last = {p.rows, 0, {}};                  /* of no row yet */
     sm90::dependency_wait();
     while (tiles.take(&row0, &column0)) {
         uint32_t step = 0;
@@ -280,7 +300,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                 ring.advance();
             }
             if (S::SHADOW)
-                finish<S>(p, last, piece, staging, warp);
+                finish(p, last, sums + piece * 4, piece, staging, warp);
         }
         notes.wait_full();
         float2 norm[2];
@@ -289,30 +309,32 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
         wgmma_wait_but<0>();
         sm90::pin<S::COLUMNS / 2>(d);
         ring.release(ring.before());
-#pragma unroll
-        for (int i = 0; i < S::COLUMNS / 8; i++) {
-            const float4 fold = load_four(notes.fold(i * 8 + lane % 4 * 2));
-#pragma unroll
-            for (int row = 0; row < 2; row++)
-                last.word[i * 2 + row] = mma::pack(
-                    fmaf(d[i * 4 + row * 2], norm[row].x, fmaf(norm[row].y, fold.x, fold.y)),
-                    fmaf(d[i * 4 + row * 2 + 1], norm[row].x, fmaf(norm[row].y, fold.z, fold.w)));
-        }
-        notes.release();
         last.row0 = row0;
         last.column0 = column0;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            last.slot[i] = __ldg(p.slot + min(stored_row(row0, warp, i), p.rows - 1));
         if (!S::SHADOW)
+            last.ask_slots(p, warp);
 #pragma unroll
-            for (int piece = 0; piece < S::PIECES; piece++)
-                finish<S>(p, last, piece, staging, warp);
+        for (int piece = 0; piece < S::PIECES; piece++) {
+            uint32_t *word = S::SHADOW ? sums + piece * 4 : sums;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float4 fold = load_four(notes.fold((piece * 2 + i / 2) * 8 + lane % 4 * 2));
+                const float *from = d + piece * 8 + i * 2;
+                word[i] =
+                    mma::pack(fmaf(from[0], norm[i % 2].x, fmaf(norm[i % 2].y, fold.x, fold.y)),
+                              fmaf(from[1], norm[i % 2].x, fmaf(norm[i % 2].y, fold.z, fold.w)));
+            }
+            if (!S::SHADOW)
+                finish(p, last, sums, piece, staging, warp);
+        }
+        notes.release();
+        if (S::SHADOW)
+            last.ask_slots(p, warp);
     }
     if (S::SHADOW)
 #pragma unroll
         for (int piece = 0; piece < S::PIECES; piece++)
-            finish<S>(p, last, piece, staging, warp);
+            finish(p, last, sums + piece * 4, piece, staging, warp);
 }
 
 template <typename S>
@@ -372,13 +394,13 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
 
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream)
 {
-    bool is_large = args->tiles == HSTU_TILES_LARGE;
-    if (args->tiles == HSTU_TILES_ANY) {
-        /* Microseconds on an H100 (bench_gemm): starting and ending, and a round at k 1024. */
-        double depth = args->k / 1024.0;
-        is_large = 11 + 11.9 * depth * rounds_of<large>(args->rows, args->n, args->sm_count) <
-                   1 + 8 * depth * rounds_of<small>(args->rows, args->n, args->sm_count);
-    }
-    return is_large ? launch<large>(args, (cudaStream_t)stream)
-                    : launch<small>(args, (cudaStream_t)stream);
+    enum hstu_tiles tiles = args->tiles;
+    if (tiles == HSTU_TILES_ANY)
+        tiles = fastest_tiles(HSTU_TILES_128X128, [&](enum hstu_tiles of) {
+            return with_shape(of, [&](auto shape) {
+                return estimate<decltype(shape)>(args->rows, args->n, args->k, args->sm_count);
+            });
+        });
+    return with_shape(
+        tiles, [&](auto shape) { return launch<decltype(shape)>(args, (cudaStream_t)stream); });
 }

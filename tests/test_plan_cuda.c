@@ -65,17 +65,27 @@ static uint32_t tiles_of(uint32_t from, uint32_t to, uint32_t step)
 }
 
 /* Tiles that attention_sm90_item.cuh's cut() makes of `rows` rows from an item's first on. */
-static uint32_t steps_of(const struct hstu_work *w, uint32_t rows, uint32_t key1, uint32_t step)
+struct tiles {
+    uint32_t history, own;
+};
+
+static struct tiles cut(const struct hstu_work *w, uint32_t rows, uint32_t key1, uint32_t step)
 {
     uint32_t first = w->cached + w->row0, h = w->history, candidate = first > h ? first - h : 0;
     uint32_t seen = least(least(h, first + rows), key1);
     uint32_t own = most(h + candidate / GROUP * GROUP, w->key0);
-    return most(1, tiles_of(w->key0, least(w->cached, seen), step) +
-                       tiles_of(most(w->key0, w->cached), seen, step) +
-                       tiles_of(own, least(first + rows, key1), step));
+    return (struct tiles){tiles_of(w->key0, least(w->cached, seen), step) +
+                              tiles_of(most(w->key0, w->cached), seen, step),
+                          tiles_of(own, least(first + rows, key1), step)};
 }
 
-/* May two items share their tiles? As joins() there. */
+/* In half steps: of a tile of own keys a warpgroup multiplies half. */
+static uint32_t length_of(struct tiles t)
+{
+    return most(1, 2 * t.history + t.own);
+}
+
+/* Are two items neighbours that see the same keys? */
 static bool join(const struct hstu_work *a, const struct hstu_work *b)
 {
     return a->rows == 128 && b->rows > 0 && a->sequence == b->sequence && a->head == b->head &&
@@ -83,13 +93,19 @@ static bool join(const struct hstu_work *a, const struct hstu_work *b)
            (a->key1 == b->key1 || (a->key1 < b->key1 && a->key1 == a->cached + a->row0 + 128));
 }
 
-/* Key tiles of the unit of two items that begins at w. */
-static uint32_t unit_steps(const struct hstu_work *w)
+/* The length of the unit of two items that begins at w. They share their tiles, as joins() there
+ * says, where candidates' own keys do not add too many. */
+static uint32_t unit_length(const struct hstu_work *w)
 {
-    if (join(w, w + 1))
-        return steps_of(w, 128 + w[1].rows, w[1].key1, 128);
-    uint32_t other = w[1].rows ? steps_of(w + 1, w[1].rows, w[1].key1, 128) : 0;
-    return most(steps_of(w, w->rows, w->key1, 128), other);
+    struct tiles upper = cut(w, w->rows, w->key1, 128), lower = {0};
+    if (w[1].rows)
+        lower = cut(w + 1, w[1].rows, w[1].key1, 128);
+    if (join(w, w + 1)) {
+        struct tiles both = cut(w, 128 + w[1].rows, w[1].key1, 128);
+        if (upper.own == 0 || (both.own - lower.own) * 8 <= lower.history)
+            return length_of(both);
+    }
+    return most(length_of(upper), length_of(lower));
 }
 
 /* Every (row, head) has its slices exactly once, and they partition [0, row's tile end). */
@@ -120,9 +136,10 @@ static void check_cover(const struct hstu_attention_path *path,
         cr_assert_eq(w->row0 % path->tile_rows(256), 0);
         cr_assert_leq(w->row0 + w->rows, rows_of(s));
         cr_assert(w->key0 < w->key1 && w->key1 <= end);
-        cr_assert_eq(w->key0 % path->key_step, 0);
+        cr_assert(w->key0 % path->key_step == 0 ||
+                  (path->unit_items == 2 && w->key0 == s->history));
         cr_assert(w->key1 <= s->history || w->key1 == end, "only the last slice passes h");
-        cr_assert(w->key1 == end || w->key1 % path->key_step == 0);
+        cr_assert(w->key1 == end || w->key1 % path->key_step == 0 || w->key1 == s->history);
         /* The slice that begins where this one ends. */
         for (uint32_t k = 0; k < items && w->key1 != end; k++)
             if (work[k].sequence == w->sequence && work[k].head == w->head &&
@@ -167,19 +184,31 @@ Test(plan, a_small_batch_fills_the_machine)
     cr_assert_geq(plan(&small_tiles, &s, 1, 384), SMS * 3 / 4);
 }
 
+Test(plan, a_small_batch_has_short_units)
+{
+    const struct hstu_sequence batches[] = {sequence(128, 0, 256), sequence(256, 0, 256),
+                                            sequence(256, 128, 256), sequence(512, 384, 256)};
+    for (uint32_t b = 0; b < sizeof batches / sizeof *batches; b++) {
+        uint32_t items = plan(&large_tiles, &batches[b], 1, rows_of(&batches[b]));
+        cr_assert_gt(items, 0);
+        for (uint32_t u = 0; u < items; u += 2)
+            cr_assert_leq(unit_length(&work[u]), 2, "batch %u", b);
+    }
+}
+
 Test(plan, longest_units_come_first)
 {
     struct hstu_sequence s[2] = {sequence(4096, 0, 256), sequence(300, 0, 10)};
     uint32_t items = plan(&small_tiles, s, 2, 5120), before = UINT32_MAX;
     for (uint32_t i = 0; i < items; i++) {
-        uint32_t now = steps_of(&work[i], work[i].rows, work[i].key1, 64);
+        uint32_t now = length_of(cut(&work[i], work[i].rows, work[i].key1, 64));
         cr_assert_leq(now, before);
         before = now;
     }
     items = plan(&large_tiles, s, 2, 5120);
     before = UINT32_MAX;
     for (uint32_t i = 0; i < items; i += 2) {
-        uint32_t now = unit_steps(&work[i]);
+        uint32_t now = unit_length(&work[i]);
         cr_assert_leq(now, before);
         before = now;
     }
@@ -205,7 +234,7 @@ static uint32_t plan_cell(uint32_t i)
     return plan(&large_tiles, s, cells[i].batch, cells[i].batch * (cells[i].fresh + 256));
 }
 
-/* Pair w begins with unit w and follows the links. A unit costs its steps, and 0.7 of one. */
+/* Pair w begins with unit w and follows the links. A unit costs its length, and 1.4 half steps. */
 Test(plan, every_unit_is_one_pairs_and_the_pairs_end_together)
 {
     static uint8_t visits[ROOM];
@@ -218,7 +247,7 @@ Test(plan, every_unit_is_one_pairs_and_the_pairs_end_together)
             for (uint32_t u = pair; u != HSTU_WORK_LAST; u = work[u * 2].next) {
                 cr_assert_lt(u, units);
                 cr_assert_eq(visits[u]++, 0);
-                end += unit_steps(&work[u * 2]) + 0.7;
+                end += unit_length(&work[u * 2]) + 1.4;
             }
             sum += end;
             last = end > last ? end : last;
