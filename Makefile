@@ -216,6 +216,8 @@ fuzzers: $(FUZZERS)
 
 PROCS := $(wildcard tests/proc_*.sh)
 ASAN_TESTS := $(patsubst build/%,build/asan/%,$(filter-out %_cuda,$(TESTS)))
+# proc_systemd takes a minute there, and what it has of the keeper test_fdstore has too.
+ASAN_PROCS := $(filter-out %_systemd.sh,$(PROCS))
 TSAN_TESTS := $(patsubst build/%,build/tsan/%,$(THREADED))
 
 .PHONY: check
@@ -225,7 +227,7 @@ check: all $(TESTS) ## unit and process tests of this configuration
 .PHONY: test
 test: all $(TESTS) others ## everything that CI runs: both builds, all tests, sanitizers, linters
 	@contrib/deps.sh lint
-	@tests/run.sh tests/lint.sh $(TESTS) $(PROCS) $(ASAN_TESTS) $(TSAN_TESTS) SIDEKV_BIN=build/asan/bin $(PROCS)
+	@tests/run.sh tests/lint.sh $(TESTS) $(PROCS) $(ASAN_TESTS) $(TSAN_TESTS) SIDEKV_BIN=build/asan/bin $(ASAN_PROCS)
 
 # The other configurations, beside this one but for the host's, which takes its objects.
 .PHONY: others asan tsan host
@@ -241,7 +243,7 @@ host: all $(TESTS)
 GPU_TESTS := $(addprefix $(B)/tests/,test_device test_plan_cuda test_products_cuda test_attention_cuda test_layers_cuda)
 .PHONY: test-gpu
 test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel paths, the grid's every cell, then memcheck
-	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart) HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
+	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart) tests/proc_systemd.sh HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
 	@tests/sanitize_cuda.sh memcheck $(filter-out %/test_plan_cuda,$(GPU_TESTS))
 
 # SCALE=full|ci|FACTOR: the full counts, a tenth of them, or so many times them.

@@ -74,9 +74,10 @@ static int manager = -1; /* systemd, which holds copies; -1: there is none */
 
 /* ---- the copies ---- */
 
-/* What a copy is called. Of a pool's extent: its index and the size of all. */
-#define POOL_NAME     "pool-%u-%llu"
-#define TABLE_NAME    "table"
+/* What a copy is called. systemd passes all names in one variable, which the kernel bounds to
+ * 128 KiB: 8,192 extents and 1,024 workers take at most 108 KiB. */
+#define POOL_NAME     "pool-%u"    /* of an extent: its index */
+#define TABLE_NAME    "table-%llu" /* the size of an extent */
 #define SESSIONS_NAME "sessions"
 #define WORKER_NAME   "worker-%llu"
 #define DAEMON_NAME   "sidekvd"
@@ -93,24 +94,33 @@ __attribute__((format(printf, 2, 3))) static void copy(int fd, const char *forma
         skv_error("the service manager does not take %s: %s", name, strerror(errno));
 }
 
-static void drop(int *fd, const char *name)
+static void drop_sessions(void)
 {
-    if (*fd < 0)
+    if (held.sessions < 0)
         return;
-    copy(-1, "%s", name);
-    close(*fd);
-    *fd = -1;
+    copy(-1, SESSIONS_NAME);
+    close(held.sessions);
+    held.sessions = -1;
+}
+
+static void drop_table(void)
+{
+    if (held.table < 0)
+        return;
+    copy(-1, TABLE_NAME, (unsigned long long)held.extent_bytes);
+    close(held.table);
+    held.table = -1;
 }
 
 /* The tables' copies go first and come last: where both are there, the pool is whole. */
 static void drop_all(void)
 {
     held.whole = false;
-    drop(&held.sessions, SESSIONS_NAME);
-    drop(&held.table, TABLE_NAME);
+    drop_sessions();
+    drop_table();
     while (held.extents) {
         close(held.pool[--held.extents]);
-        copy(-1, POOL_NAME, held.extents, (unsigned long long)held.extent_bytes);
+        copy(-1, POOL_NAME, held.extents);
     }
     while (held.worker_count) {
         close(held.workers[--held.worker_count].pidfd);
@@ -146,17 +156,17 @@ static void take_back(const char *name, int fd)
     unsigned index;
     unsigned long long number;
     int *at = NULL;
-    if (sscanf(name, POOL_NAME, &index, &number) == 2 && index < KEEPER_FDS) {
+    if (sscanf(name, POOL_NAME, &index) == 1 && index < KEEPER_FDS) {
         while (held.extents <= index)
             held.pool[held.extents++] = -1;
-        held.extent_bytes = number;
         at = &held.pool[index];
     } else if (sscanf(name, WORKER_NAME, &number) == 1 && held.worker_count < KEEPER_SESSIONS) {
         held.workers[held.worker_count].id = number;
         at = &held.workers[held.worker_count].pidfd;
         *at = -1;
         held.worker_count++;
-    } else if (strcmp(name, TABLE_NAME) == 0) {
+    } else if (sscanf(name, TABLE_NAME, &number) == 1) {
+        held.extent_bytes = number;
         at = &held.table;
     } else if (strcmp(name, SESSIONS_NAME) == 0) {
         at = &held.sessions;
@@ -207,19 +217,23 @@ static void hold(const struct keeper_message *m, int *fds, uint32_t count)
     case KEEPER_POOL:
         held.extent_bytes = m->extent_bytes;
         while (taken < count && held.extents < KEEPER_FDS) {
-            copy(fds[taken], POOL_NAME, held.extents, (unsigned long long)m->extent_bytes);
+            copy(fds[taken], POOL_NAME, held.extents);
             held.pool[held.extents++] = fds[taken++];
         }
         skv_failpoint(FAIL_keeper_part);
         break;
     case KEEPER_TABLE:
+        if (count) {
+            drop_table();
+            held.table = fds[taken++];
+            copy(held.table, TABLE_NAME, (unsigned long long)held.extent_bytes);
+        }
+        break;
     case KEEPER_SESSION_TABLE:
         if (count) {
-            bool table = m->kind == KEEPER_TABLE;
-            const char *name = table ? TABLE_NAME : SESSIONS_NAME;
-            int *at = table ? &held.table : &held.sessions;
-            drop(at, name);
-            copy(*at = fds[taken++], "%s", name);
+            drop_sessions();
+            held.sessions = fds[taken++];
+            copy(held.sessions, SESSIONS_NAME);
         }
         break;
     case KEEPER_WHOLE:
