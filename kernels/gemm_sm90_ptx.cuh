@@ -74,6 +74,22 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                  : "memory");
 }
 
+/* A box from shared memory to where the map says; rows past its end are left out. This thread's. */
+__device__ __forceinline__ void store_box(const CUtensorMap *map, uint32_t from, uint32_t row,
+                                          uint32_t chunk)
+{
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];"
+                 "\n\tcp.async.bulk.commit_group;" ::"l"(map),
+                 "r"(0), "r"(row), "r"(chunk), "r"(from)
+                 : "memory");
+}
+
+/* Shared memory that this thread's stores came from may be written again. */
+__device__ __forceinline__ void stores_read()
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 #undef LIST128
 #undef LIST64
 #undef LIST32

@@ -15,15 +15,16 @@
 namespace
 {
 
-/* SHADOW: a tile is finished while the next one is multiplied. */
+/* SHADOW: a tile is finished while the next one is multiplied; TMA stores it then, so that no warp
+ * waits for memory in between. */
 struct by_256 : shape<2, 256, 4, 2> {
     static constexpr bool SHADOW = true;
-    static constexpr double START = 11, ROUND = 11.8;
+    static constexpr double START = 9.5, ROUND = 11.8;
 };
 template <int Groups, int Stages, bool Shadow> struct by_128 : shape<Groups, 128, Stages, 1> {
     static constexpr bool SHADOW = Shadow;
     static constexpr double START = Groups == 3 ? 3.9 : 2.5;
-    static constexpr double ROUND = Groups == 4 ? 13.5 : Groups == 3 ? 9.3 : 7.7;
+    static constexpr double ROUND = Groups == 4 ? 13.5 : Groups == 3 ? 9.6 : 7.7;
 };
 
 /* Calls f with the shape of these tiles. */
@@ -49,7 +50,7 @@ struct page_layout {
 };
 
 struct parameters {
-    CUtensorMap x, b;
+    CUtensorMap x, b, m; /* m in boxes of a warp's staging */
     const hstu_moments *moments;
     const float4 *fold; /* of two columns: sum, bias, sum, bias */
     uint16_t *out;
@@ -230,13 +231,16 @@ struct place {
     __device__ __forceinline__ void ask_slots(const parameters &p, uint32_t warp)
     {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            slot[i] = __ldg(p.slot + min(stored_row(row0, warp, i), p.rows - 1));
+        for (int i = 0; i < 4; i++) {
+            const uint32_t row = stored_row(row0, warp, i);
+            slot[i] = row < p.rows ? __ldg(p.slot + row) : UINT32_MAX;
+        }
     }
 };
 
 /* Columns 16 * piece and on of a tile: activated, to the warp's staging; every fourth time the 64
  * columns there go to memory. */
+template <typename S>
 __device__ __forceinline__ void finish(const parameters &p, const place &at, const uint32_t *sums,
                                        int piece, uint32_t staging, uint32_t warp)
 {
@@ -244,19 +248,26 @@ __device__ __forceinline__ void finish(const parameters &p, const place &at, con
 #pragma unroll
     for (int i = 0; i < 4; i++)
         word[i] = activate(sums[i]);
+    if (S::SHADOW && piece % 4 == 0 && threadIdx.x % 32 == 0)
+        stores_read();
     stage_piece(staging, piece, word);
     if (piece % 4 != 3)
         return;
-    const uint32_t column = at.column0 + piece / 4 * 64 + threadIdx.x % 8 * 8;
+    const uint32_t chunk = at.column0 / 64 + piece / 4, column = chunk * 64 + threadIdx.x % 8 * 8;
     char *page = page_column(p, column);
+    if (S::SHADOW)
+        sm90::async_proxy_fence();
     __syncwarp();
+    if (S::SHADOW && threadIdx.x % 32 == 0)
+        store_box(&p.m, staging, at.row0 + warp * 16, chunk);
+    if (S::SHADOW && !page)
+        return;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t row = stored_row(at.row0, warp, i);
-        uint4 bits = staged(staging, i);
-        if (row >= p.rows)
-            continue;
-        *reinterpret_cast<uint4 *>(p.out + (uint64_t)row * p.n + column) = bits;
+        const uint4 bits = staged(staging, i);
+        if (!S::SHADOW && row < p.rows)
+            *reinterpret_cast<uint4 *>(p.out + (uint64_t)row * p.n + column) = bits;
         store_page(p, page, at.slot[i], bits);
     }
 }
@@ -274,7 +285,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     uint32_t row0, column0;
     float d[S::COLUMNS / 2];
     uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4]; /* [i][row]; normed, with bias, rounded */
-    place last = {p.rows, 0, {}};                  /* of no row yet */
+    place last = {p.rows, 0, {UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}}; /* of no row yet */
     sm90::dependency_wait();
     while (tiles.take(&row0, &column0)) {
         uint32_t step = 0;
@@ -300,7 +311,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                 ring.advance();
             }
             if (S::SHADOW)
-                finish(p, last, sums + piece * 4, piece, staging, warp);
+                finish<S>(p, last, sums + piece * 4, piece, staging, warp);
         }
         notes.wait_full();
         float2 norm[2];
@@ -325,7 +336,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                               fmaf(from[1], norm[i % 2].x, fmaf(norm[i % 2].y, fold.z, fold.w)));
             }
             if (!S::SHADOW)
-                finish(p, last, sums, piece, staging, warp);
+                finish<S>(p, last, sums, piece, staging, warp);
         }
         notes.release();
         if (S::SHADOW)
@@ -334,7 +345,9 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     if (S::SHADOW)
 #pragma unroll
         for (int piece = 0; piece < S::PIECES; piece++)
-            finish(p, last, sums + piece * 4, piece, staging, warp);
+            finish<S>(p, last, sums + piece * 4, piece, staging, warp);
+    if (S::SHADOW)
+        stores_read();
 }
 
 template <typename S>
@@ -366,6 +379,8 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     int status = encode(&p.x, args->x, args->rows, args->k, S::ROWS, 1);
     if (status == SKV_OK)
         status = encode(&p.b, args->b, args->k, args->n, S::DEPTH, S::CHUNKS / S::CLUSTER);
+    if (status == SKV_OK)
+        status = encode(&p.m, args->m, args->rows, args->n, 16, 1);
     if (status != SKV_OK)
         return status;
     p.moments = args->moments;
