@@ -206,6 +206,7 @@ __device__ __forceinline__ void run_block(uint32_t shared, Produce produce, Cons
         if (S::GROUPS > 1)
             sm90::registers_grow<S::MANY>();
         consume(ring, group - 1);
+        stores_read(); /* shared memory stays until then */
     }
     if (S::CLUSTER > 1) {
         __syncwarp();
@@ -240,11 +241,24 @@ __device__ __forceinline__ uint32_t stored_row(uint32_t row0, uint32_t warp, int
 __device__ __forceinline__ void stage_piece(uint32_t staging, int piece, const uint32_t *word)
 {
     const uint32_t lane = threadIdx.x % 32;
-    if (piece % 4 == 0)
-        __syncwarp(); /* the last 64 columns are read */
+    if (piece % 4 == 0) { /* the last 64 columns are read */
+        if (lane == 0)
+            stores_read();
+        __syncwarp();
+    }
     /* Lanes 0-15 address the rows of the first 8 columns, 16-31 those of the next 8. */
     store_matrices(staging + mma::tile_offset<8>(lane % 16, piece % 4 * 2 + lane / 16), word[0],
                    word[1], word[2], word[3]);
+}
+
+/* The 64 staged columns to the map's chunk `chunk` of rows row and on, by TMA. */
+__device__ __forceinline__ void store_staged(const CUtensorMap *map, uint32_t staging, uint32_t row,
+                                             uint32_t chunk)
+{
+    sm90::async_proxy_fence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        store_box(map, staging, row, chunk);
 }
 
 /* What this lane stores of 64 staged columns in the i-th step: 8 columns from lane % 8 * 8 on. */

@@ -50,8 +50,7 @@ template <typename F> auto with_shape(enum hstu_tiles tiles, F f)
 }
 
 struct parameters {
-    CUtensorMap y, b, x;
-    uint16_t *out; /* x */
+    CUtensorMap y, b, x, out; /* out is x too, in boxes of a warp's staging */
     hstu_moments *moments;
     uint32_t rows, n, k;
 };
@@ -147,17 +146,9 @@ template <typename S> struct consumer {
 #pragma unroll
         for (int piece = 0; piece < S::PIECES; piece++) {
             stage_piece(staging, piece, word + piece * 4);
-            if (piece % 4 != 3)
-                continue;
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t to = stored_row(row0, group * 4 + warp, i);
-                const uint4 bits = staged(staging, i);
-                if (to < p.rows)
-                    *reinterpret_cast<uint4 *>(p.out + (uint64_t)to * p.n + column0 +
-                                               piece / 4 * 64 + lane % 8 * 8) = bits;
-            }
+            if (piece % 4 == 3)
+                store_staged(&p.out, staging, row0 + (group * 4 + warp) * 16,
+                             column0 / 64 + piece / 4);
         }
         float mean[2] = {}, square[2] = {};
 #pragma unroll
@@ -241,9 +232,10 @@ template <typename S> int launch(const struct hstu_project_args *args, cudaStrea
         status = encode(&p.b, args->b, k, n, S::DEPTH, S::CHUNKS / S::CLUSTER);
     if (status == SKV_OK)
         status = encode(&p.x, args->x, rows, n, 64, S::X_COLUMNS / 64);
+    if (status == SKV_OK)
+        status = encode(&p.out, args->x, rows, n, 16, 1);
     if (status != SKV_OK)
         return status;
-    p.out = (uint16_t *)args->x;
     p.moments = args->moments;
     p.rows = rows;
     p.n = n;

@@ -15,8 +15,7 @@
 namespace
 {
 
-/* SHADOW: a tile is finished while the next one is multiplied; TMA stores it then, so that no warp
- * waits for memory in between. */
+/* SHADOW: a tile is finished while the next one is multiplied. */
 struct by_256 : shape<2, 256, 4, 2> {
     static constexpr bool SHADOW = true;
     static constexpr double START = 9.5, ROUND = 11.8;
@@ -53,7 +52,6 @@ struct parameters {
     CUtensorMap x, b, m; /* m in boxes of a warp's staging */
     const hstu_moments *moments;
     const float4 *fold; /* of two columns: sum, bias, sum, bias */
-    uint16_t *out;
     const uint32_t *slot;
     page_layout pages;
     uint32_t rows, n, k, parts;
@@ -210,8 +208,6 @@ __device__ __forceinline__ char *page_column(const parameters &p, uint32_t colum
 __device__ __forceinline__ void store_page(const parameters &p, char *column, uint32_t slot,
                                            uint4 bits)
 {
-    if (slot == UINT32_MAX || !column)
-        return;
     const uint64_t page = slot >> p.pages.shift, at = slot & ((1u << p.pages.shift) - 1);
     *reinterpret_cast<uint4 *>(column + page * p.pages.bytes + (at << p.pages.dim_shift) * 2) =
         bits;
@@ -240,7 +236,6 @@ struct place {
 
 /* Columns 16 * piece and on of a tile: activated, to the warp's staging; every fourth time the 64
  * columns there go to memory. */
-template <typename S>
 __device__ __forceinline__ void finish(const parameters &p, const place &at, const uint32_t *sums,
                                        int piece, uint32_t staging, uint32_t warp)
 {
@@ -248,28 +243,18 @@ __device__ __forceinline__ void finish(const parameters &p, const place &at, con
 #pragma unroll
     for (int i = 0; i < 4; i++)
         word[i] = activate(sums[i]);
-    if (S::SHADOW && piece % 4 == 0 && threadIdx.x % 32 == 0)
-        stores_read();
     stage_piece(staging, piece, word);
     if (piece % 4 != 3)
         return;
-    const uint32_t chunk = at.column0 / 64 + piece / 4, column = chunk * 64 + threadIdx.x % 8 * 8;
-    char *page = page_column(p, column);
-    if (S::SHADOW)
-        sm90::async_proxy_fence();
-    __syncwarp();
-    if (S::SHADOW && threadIdx.x % 32 == 0)
-        store_box(&p.m, staging, at.row0 + warp * 16, chunk);
-    if (S::SHADOW && !page)
+    const uint32_t chunk = at.column0 / 64 + piece / 4;
+    store_staged(&p.m, staging, at.row0 + warp * 16, chunk);
+    char *page = page_column(p, chunk * 64 + threadIdx.x % 8 * 8);
+    if (!page)
         return;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint32_t row = stored_row(at.row0, warp, i);
-        const uint4 bits = staged(staging, i);
-        if (!S::SHADOW && row < p.rows)
-            *reinterpret_cast<uint4 *>(p.out + (uint64_t)row * p.n + column) = bits;
-        store_page(p, page, at.slot[i], bits);
-    }
+    for (int i = 0; i < 4; i++)
+        if (at.slot[i] != UINT32_MAX)
+            store_page(p, page, at.slot[i], staged(staging, i));
 }
 
 /* One consumer warpgroup. Of its tile a thread has, as wgmma lays sums out, rows lane / 4 and that
@@ -311,7 +296,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                 ring.advance();
             }
             if (S::SHADOW)
-                finish<S>(p, last, sums + piece * 4, piece, staging, warp);
+                finish(p, last, sums + piece * 4, piece, staging, warp);
         }
         notes.wait_full();
         float2 norm[2];
@@ -336,7 +321,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                               fmaf(from[1], norm[i % 2].x, fmaf(norm[i % 2].y, fold.z, fold.w)));
             }
             if (!S::SHADOW)
-                finish<S>(p, last, sums, piece, staging, warp);
+                finish(p, last, sums, piece, staging, warp);
         }
         notes.release();
         if (S::SHADOW)
@@ -345,9 +330,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     if (S::SHADOW)
 #pragma unroll
         for (int piece = 0; piece < S::PIECES; piece++)
-            finish<S>(p, last, sums + piece * 4, piece, staging, warp);
-    if (S::SHADOW)
-        stores_read();
+            finish(p, last, sums + piece * 4, piece, staging, warp);
 }
 
 template <typename S>
@@ -385,7 +368,6 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
         return status;
     p.moments = args->moments;
     p.fold = (const float4 *)args->fold;
-    p.out = (uint16_t *)args->m;
     p.slot = args->slot;
     const skv_geometry &g = args->geometry;
     p.pages.head_bytes = (uint64_t)g.page_tokens * g.head_dim * 2;
