@@ -1,7 +1,8 @@
 /* A batch, checked and written into the pinned block: what pull then brings to the device. Called
  * once per launch, on the worker's critical path. The GPU has read the block's lines since the last
  * launch, so that writing them is what it costs: nothing that pull can work out is written, 9 bytes
- * a row. */
+ * a row; and whole lines, in order: the plan, whose items come in any order, is laid out in memory
+ * of our own and copied. */
 #include "cuda_state.h"
 
 #include <string.h>
@@ -59,10 +60,12 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
     struct hstu_counts *n = c->pinned.counts;
     struct hstu_layout *l = &n->layout;
     l->work = hstu_plan(c->path, &c->model.geometry, c->model.group, sequences, count, *graph_rows,
-                        (uint32_t)c->sm_count, hstu_plan_slices(*graph_rows), c->pinned.work,
-                        c->work_capacity, c->pinned.slices);
+                        (uint32_t)c->sm_count, hstu_plan_slices(*graph_rows), c->plan_work,
+                        c->work_capacity, c->plan_slices);
     if (l->work == 0)
         return SKV_EINVAL; /* cannot be: the capacity is the planner's own bound */
+    memcpy(c->pinned.work, c->plan_work, l->work * sizeof *c->plan_work);
+    memcpy(c->pinned.slices, c->plan_slices, *graph_rows);
     uint32_t row = 0, page = 0, target = 0;
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];

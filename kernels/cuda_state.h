@@ -92,6 +92,8 @@ struct hstu_cuda {
     struct hstu_cuda_weights on_device;
     struct hstu_cuda_arena arena;
     struct hstu_cuda_pinned pinned;
+    struct hstu_work *plan_work; /* [work_capacity] the plan, before it is copied to the block */
+    uint8_t *plan_slices;        /* [arena_rows] */
 
     const struct hstu_attention_path *path;
     void *path_state;

@@ -399,6 +399,7 @@ static struct hstu_cuda runner(void)
     static uint64_t tokens[BATCH_ROWS];
     static uint8_t slices[BATCH_ROWS];
     static uint32_t pages[BATCH_ROWS];
+    static struct hstu_work planned[ROOM];
     return (struct hstu_cuda){
         .model = {.geometry = geometry, .group = 1, .position_buckets = 1024},
         .path = &small_tiles,
@@ -409,6 +410,8 @@ static struct hstu_cuda runner(void)
         .pool_pages = UINT32_MAX / 64,
         .page_capacity = BATCH_ROWS,
         .work_capacity = ROOM,
+        .plan_work = planned,
+        .plan_slices = row_slices,
         .pinned = {
             .counts = &counts, .token = tokens, .slices = slices, .page = pages, .work = work}};
 }
