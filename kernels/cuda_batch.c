@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+enum { RECLAIM_LINES = 32 }; /* a few microseconds while they are away, then next to nothing */
+
 static uint32_t rows_of(const struct hstu_sequence *s)
 {
     return s->history - s->cached + s->targets;
@@ -44,6 +46,38 @@ static bool batch_valid(const struct hstu_cuda *c, const struct hstu_sequence *s
     }
     *rows = (uint32_t)sum;
     return sum <= c->max_rows && pages <= c->page_capacity;
+}
+
+static void note_written(struct hstu_cuda *c)
+{
+    const struct hstu_cuda_pinned *p = &c->pinned;
+    const struct hstu_layout *l = &p->counts->layout;
+    const struct hstu_cuda_written parts[HSTU_CUDA_PARTS] = {
+        {(volatile char *)p->counts, sizeof *p->counts},
+        {(volatile char *)p->token, c->rows * sizeof *p->token},
+        {(volatile char *)p->slices, c->rows},
+        {(volatile char *)p->page, l->pages * sizeof *p->page},
+        {(volatile char *)p->work, l->work * sizeof *p->work},
+    };
+    memcpy(c->written, parts, sizeof parts);
+    c->reclaim_part = 0;
+    c->reclaim_at = 0;
+}
+
+void hstu_cuda_reclaim(struct hstu_cuda *c)
+{
+    for (uint32_t i = 0; i < RECLAIM_LINES; i++) {
+        const struct hstu_cuda_written *part = &c->written[c->reclaim_part];
+        if (c->reclaim_at < part->bytes) {
+            /* A write is what makes a line ours alone; nobody else writes here. */
+            const char byte = part->at[c->reclaim_at];
+            part->at[c->reclaim_at] = byte;
+            c->reclaim_at += HSTU_CUDA_LINE;
+        } else {
+            c->reclaim_part = (c->reclaim_part + 1) % HSTU_CUDA_PARTS;
+            c->reclaim_at = 0;
+        }
+    }
 }
 
 int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, uint32_t count,
@@ -92,5 +126,6 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
     l->pages = page;
     n->candidates = target;
     c->candidates = target;
+    note_written(c);
     return SKV_OK;
 }
