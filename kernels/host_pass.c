@@ -124,9 +124,7 @@ static void row_task(struct host *h, uint32_t layer, uint32_t row0, uint32_t row
     const bool *wanted = h->pass.every_row ? NULL : h->is_target + row0;
 
     if (layer == 0)
-        for (uint32_t r = 0; r < rows; r++)
-            h->math->embed(h->options.weights, h->tokens[row0 + r], h->position[row0 + r],
-                           x + (uint64_t)r * E);
+        h->math->embed(h->options.weights, h->tokens + row0, h->position + row0, rows, x);
     else
         h->math->output(h->weights, layer - 1, m, h->at.o + (uint64_t)row0 * HD, x, rows,
                         layer == L ? wanted : NULL, scratch);
