@@ -91,7 +91,7 @@ struct hstu_runner_options {
     uint32_t max_rows;  /* query rows a launch, at least the longest history + candidates */
     uint32_t max_batch; /* sequences a launch, at most SKV_MAX_BATCH */
     uint32_t *gate_row; /* of this runner's row, from skv_gate_row(); NULL: never gated */
-    uint32_t threads;   /* host only: CPU threads, 0 means 1 */
+    uint32_t threads;   /* host only: CPU threads, the waiting one included; 0: 1 */
 };
 
 /* Takes the arena, uploads the weights. Graphs are captured when first needed. SKV_ENOMEM,
@@ -106,7 +106,8 @@ int hstu_runner_launch(struct hstu_runner *runner, const struct hstu_sequence *s
                        uint32_t count, bool gated);
 
 /* Waits for the pass. logits: [sum of T][head_out], before the sigmoid, in sequence order; NULL to
- * drop them. SKV_ETIMEDOUT: still running (call again); SKV_EDEVICE: the context is lost. */
+ * drop them. On the host the caller computes meanwhile, as one of the runner's threads.
+ * SKV_ETIMEDOUT: still running (call again); SKV_EDEVICE: the context is lost. */
 int hstu_runner_wait(struct hstu_runner *runner, float *logits, uint32_t timeout_ms);
 
 /* Like launch + wait, and also gives the block's output rows x_L [sum q][E] as fp32, for tests. */

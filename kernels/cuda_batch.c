@@ -1,10 +1,13 @@
 /* A batch, checked and written into the pinned block: what pull then brings to the device. Called
  * once per launch, on the worker's critical path. The GPU has read the block's lines since the last
  * launch, so that writing them is what it costs: nothing that pull can work out is written, 9 bytes
- * a row. */
+ * a row; and whole lines, in order: the plan, whose items come in any order, is laid out in memory
+ * of our own and copied. */
 #include "cuda_state.h"
 
 #include <string.h>
+
+enum { RECLAIM_LINES = 32 }; /* a few microseconds while they are away, then next to nothing */
 
 static uint32_t rows_of(const struct hstu_sequence *s)
 {
@@ -45,6 +48,38 @@ static bool batch_valid(const struct hstu_cuda *c, const struct hstu_sequence *s
     return sum <= c->max_rows && pages <= c->page_capacity;
 }
 
+static void note_written(struct hstu_cuda *c)
+{
+    const struct hstu_cuda_pinned *p = &c->pinned;
+    const struct hstu_layout *l = &p->counts->layout;
+    const struct hstu_cuda_written parts[HSTU_CUDA_PARTS] = {
+        {(volatile char *)p->counts, sizeof *p->counts},
+        {(volatile char *)p->token, c->rows * sizeof *p->token},
+        {(volatile char *)p->slices, c->rows},
+        {(volatile char *)p->page, l->pages * sizeof *p->page},
+        {(volatile char *)p->work, l->work * sizeof *p->work},
+    };
+    memcpy(c->written, parts, sizeof parts);
+    c->reclaim_part = 0;
+    c->reclaim_at = 0;
+}
+
+void hstu_cuda_reclaim(struct hstu_cuda *c)
+{
+    for (uint32_t i = 0; i < RECLAIM_LINES; i++) {
+        const struct hstu_cuda_written *part = &c->written[c->reclaim_part];
+        if (c->reclaim_at < part->bytes) {
+            /* A write is what makes a line ours alone; nobody else writes here. */
+            const char byte = part->at[c->reclaim_at];
+            part->at[c->reclaim_at] = byte;
+            c->reclaim_at += HSTU_CUDA_LINE;
+        } else {
+            c->reclaim_part = (c->reclaim_part + 1) % HSTU_CUDA_PARTS;
+            c->reclaim_at = 0;
+        }
+    }
+}
+
 int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, uint32_t count,
                     uint32_t *graph_rows)
 {
@@ -59,10 +94,12 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
     struct hstu_counts *n = c->pinned.counts;
     struct hstu_layout *l = &n->layout;
     l->work = hstu_plan(c->path, &c->model.geometry, c->model.group, sequences, count, *graph_rows,
-                        (uint32_t)c->sm_count, hstu_plan_slices(*graph_rows), c->pinned.work,
-                        c->work_capacity, c->pinned.slices);
+                        (uint32_t)c->sm_count, hstu_plan_slices(*graph_rows), c->plan_work,
+                        c->work_capacity, c->plan_slices);
     if (l->work == 0)
         return SKV_EINVAL; /* cannot be: the capacity is the planner's own bound */
+    memcpy(c->pinned.work, c->plan_work, l->work * sizeof *c->plan_work);
+    memcpy(c->pinned.slices, c->plan_slices, *graph_rows);
     uint32_t row = 0, page = 0, target = 0;
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
@@ -89,5 +126,6 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
     l->pages = page;
     n->candidates = target;
     c->candidates = target;
+    note_written(c);
     return SKV_OK;
 }

@@ -219,11 +219,15 @@ int hstu_cuda_memory_open(struct hstu_cuda *c)
     memset(c->pinned.memory, 0, at.used);
     at = (struct carver){.base = c->pinned.memory};
     carve_pinned(c, &at);
-    return SKV_OK;
+    c->plan_work = calloc(c->work_capacity, sizeof *c->plan_work);
+    c->plan_slices = calloc(c->arena_rows, sizeof *c->plan_slices);
+    return c->plan_work && c->plan_slices ? SKV_OK : SKV_ENOMEM;
 }
 
 void hstu_cuda_memory_close(struct hstu_cuda *c)
 {
+    free(c->plan_slices);
+    free(c->plan_work);
     cudaFreeHost(c->pinned.memory);
     cudaFree(c->arena.memory);
     cudaFree(c->on_device.memory);

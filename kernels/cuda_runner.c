@@ -218,6 +218,7 @@ static int cuda_wait(void *state, float *logits, uint32_t timeout_ms)
             skv_relax();
         else
             nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
+        hstu_cuda_reclaim(c);
     }
     c->running = false;
     int status = hstu_cuda_check(e, "a pass");

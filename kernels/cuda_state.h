@@ -66,6 +66,13 @@ struct hstu_cuda_pinned {
     float *logits; /* [rows][head_out] */
 };
 
+/* A part of the pinned block that a launch has written. */
+struct hstu_cuda_written {
+    volatile char *at;
+    uint64_t bytes;
+};
+enum { HSTU_CUDA_PARTS = 5, HSTU_CUDA_LINE = 64 /* bytes of the CPU's */ };
+
 /* Which instance of a size: OR of these. */
 enum hstu_cuda_instance {
     HSTU_CUDA_GATED = 1, /* waits for gate l before layer l touches pages */
@@ -92,6 +99,11 @@ struct hstu_cuda {
     struct hstu_cuda_weights on_device;
     struct hstu_cuda_arena arena;
     struct hstu_cuda_pinned pinned;
+    struct hstu_work *plan_work; /* [work_capacity] the plan, before it is copied to the block */
+    uint8_t *plan_slices;        /* [arena_rows] */
+    struct hstu_cuda_written written[HSTU_CUDA_PARTS];
+    uint32_t reclaim_part; /* where hstu_cuda_reclaim() goes on */
+    uint64_t reclaim_at;
 
     const struct hstu_attention_path *path;
     void *path_state;
@@ -122,6 +134,10 @@ int hstu_cuda_poison(struct hstu_cuda *c);
  * nothing. */
 int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, uint32_t count,
                     uint32_t *graph_rows);
+/* Takes a few lines of what the last launch wrote back from the GPU, which has read them, and goes
+ * on from there the next time, round and round. For who waits anyway: the next launch then finds
+ * the lines in its own cache. The bytes stay as they are. */
+void hstu_cuda_reclaim(struct hstu_cuda *c);
 
 /* Who multiplies, in words. */
 static inline const char *hstu_cuda_products(const struct hstu_cuda *c)

@@ -97,9 +97,9 @@ struct host_math {
     const char *name;
     uint32_t pair; /* values a word: 1, or 2 where products are of bf16 pairs */
     bool (*supported)(void);
-    /* x = bf16(emb * sqrt(E) + pos) of one row */
-    void (*embed)(const struct hstu_weights *weights, uint64_t token, uint32_t position,
-                  uint16_t *x);
+    /* x = bf16(emb * sqrt(E) + pos) */
+    void (*embed)(const struct hstu_weights *weights, const uint64_t *tokens,
+                  const uint32_t *positions, uint32_t rows, uint16_t *x);
     /* m = SiLU(LN(x) W + b) */
     void (*project)(const struct host_model *model, uint32_t layer, const uint16_t *x, uint16_t *m,
                     uint32_t rows, const bool *wanted, struct host_scratch *scratch);

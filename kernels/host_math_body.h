@@ -60,30 +60,31 @@ static inline vf v_silu(vf x)
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-/* c[rows][TILE_VECTORS * LANES] (+)= a[rows][depth] b[depth][..]; `rows` and `exact` are constants
- * where this is inlined, so that `sum` lives in registers. */
+/* c[rows][vectors * LANES] (+)= a[rows][depth] b[depth][..]; `rows`, `vectors` and `exact` are
+ * constants where this is inlined, so that `sum` lives in registers. */
 static inline __attribute__((always_inline)) void
 register_tile(const float *a, size_t a_stride, const float *b, size_t b_stride, uint32_t depth,
-              float *c, size_t c_stride, bool add, const int rows, const bool exact)
+              float *c, size_t c_stride, bool add, const int rows, const int vectors,
+              const bool exact)
 {
     vf sum[HOST_TILE_ROWS][TILE_VECTORS];
     UNROLL for (int i = 0; i < rows; i++)
     {
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++)
+        UNROLL for (int j = 0; j < vectors; j++)
         {
             sum[i][j] = add ? v_load(c + i * c_stride + j * LANES) : (vf){0};
         }
     }
     for (uint32_t k = 0; k < depth; k++) {
         vf right[TILE_VECTORS];
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++)
+        UNROLL for (int j = 0; j < vectors; j++)
         {
             right[j] = v_load(b + k * b_stride + j * LANES);
         }
         UNROLL for (int i = 0; i < rows; i++)
         {
             vf left = v_splat_word(a + i * a_stride + k);
-            UNROLL for (int j = 0; j < TILE_VECTORS; j++)
+            UNROLL for (int j = 0; j < vectors; j++)
             {
                 sum[i][j] =
                     exact ? v_fma(left, right[j], sum[i][j]) : v_mac(left, right[j], sum[i][j]);
@@ -92,38 +93,43 @@ register_tile(const float *a, size_t a_stride, const float *b, size_t b_stride, 
     }
     UNROLL for (int i = 0; i < rows; i++)
     {
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++)
+        UNROLL for (int j = 0; j < vectors; j++)
         {
             v_store(c + i * c_stride + j * LANES, sum[i][j]);
         }
     }
 }
 
+/* The same of 1 to 6 rows and `columns`, a multiple of vectors * LANES. */
 static inline __attribute__((always_inline)) void
 multiply_as(const float *a, size_t a_stride, uint32_t rows, const float *b, size_t b_stride,
-            uint32_t depth, float *c, size_t c_stride, bool add, const bool exact)
+            uint32_t depth, float *c, size_t c_stride, bool add, uint32_t columns,
+            const int vectors, const bool exact)
 {
-    for (uint32_t j = 0; j < HOST_COLUMNS; j += TILE_VECTORS * LANES) {
+#define TILE(n)                                                                                    \
+    register_tile(a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, n, vectors, exact)
+    for (uint32_t j = 0; j < columns; j += (uint32_t)vectors * LANES) {
         switch (rows) {
         case 1:
-            register_tile(a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, 1, exact);
+            TILE(1);
             break;
         case 2:
-            register_tile(a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, 2, exact);
+            TILE(2);
             break;
         case 3:
-            register_tile(a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, 3, exact);
+            TILE(3);
             break;
         case 4:
-            register_tile(a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, 4, exact);
+            TILE(4);
             break;
         case 5:
-            register_tile(a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, 5, exact);
+            TILE(5);
             break;
         default:
-            register_tile(a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, 6, exact);
+            TILE(6);
         }
     }
+#undef TILE
 }
 
 /* c[rows][64] (+)= a[rows][depth] b[depth][64], 1 to 6 rows, depth and strides in words. Each
@@ -132,7 +138,8 @@ static __attribute__((noinline)) void multiply(const float *a, size_t a_stride, 
                                                const float *b, size_t b_stride, uint32_t depth,
                                                float *c, size_t c_stride, bool add)
 {
-    multiply_as(a, a_stride, rows, b, b_stride, depth, c, c_stride, add, false);
+    multiply_as(a, a_stride, rows, b, b_stride, depth, c, c_stride, add, HOST_COLUMNS, TILE_VECTORS,
+                false);
 }
 
 /* A product's panel p of up to six rows, into the scratch tile. */
@@ -143,12 +150,17 @@ static void multiply_panel(const float *a, size_t a_stride, uint32_t rows,
     multiply(a, a_stride, rows, b, HOST_COLUMNS, matrix->words, tile, HOST_COLUMNS, false);
 }
 
-/* The same of fp32 operands and weights: the head's. */
+/* The same of fp32 operands and weights: the head's. Its last product may have one column only. */
 static void multiply_panel_exact(const float *a, size_t a_stride, uint32_t rows,
                                  const struct host_matrix *matrix, uint32_t panel, float *tile)
 {
     const float *b = matrix->panels + (size_t)panel * matrix->words * HOST_COLUMNS;
-    multiply_as(a, a_stride, rows, b, HOST_COLUMNS, matrix->words, tile, HOST_COLUMNS, false, true);
+    if (matrix->columns <= LANES)
+        multiply_as(a, a_stride, rows, b, HOST_COLUMNS, matrix->words, tile, HOST_COLUMNS, false,
+                    LANES, 1, true);
+    else
+        multiply_as(a, a_stride, rows, b, HOST_COLUMNS, matrix->words, tile, HOST_COLUMNS, false,
+                    HOST_COLUMNS, TILE_VECTORS, true);
 }
 
 static uint32_t panels_of(const struct host_matrix *matrix)
@@ -193,14 +205,32 @@ static inline vf v_normed(const float *x, const float *weight, const float *bias
     return v_fma((v_load(x + i) - mean) * scale, v_load(weight + i), v_load(bias + i));
 }
 
-static void body_embed(const struct hstu_weights *w, uint64_t token, uint32_t position, uint16_t *x)
+static const uint16_t *embedding_of(const struct hstu_weights *w, uint64_t token)
 {
+    return w->embedding + (uint64_t)hstu_token_row(&w->model, token) * w->model.embed;
+}
+
+/* The tables' rows lie anywhere in them: a few are on their way at any time. */
+static void body_embed(const struct hstu_weights *w, const uint64_t *tokens,
+                       const uint32_t *positions, uint32_t rows, uint16_t *x)
+{
+    enum { AHEAD = 8, LINE = 32 /* values */ };
     const uint32_t E = w->model.embed;
-    const uint16_t *e = w->embedding + (uint64_t)hstu_token_row(&w->model, token) * E;
-    const uint16_t *p = w->position + (uint64_t)position * E;
     const float scale = sqrtf((float)E);
-    for (uint32_t i = 0; i < E; i += LANES)
-        v_store_bf16(x + i, v_load_bf16(e + i) * scale + v_load_bf16(p + i));
+    for (uint32_t r = 0; r < rows + AHEAD; r++) {
+        if (r < rows) {
+            const uint16_t *e = embedding_of(w, tokens[r]);
+            for (uint32_t i = 0; i < E; i += LINE)
+                __builtin_prefetch(e + i);
+        }
+        if (r < AHEAD)
+            continue;
+        const uint16_t *e = embedding_of(w, tokens[r - AHEAD]);
+        const uint16_t *p = w->position + (uint64_t)positions[r - AHEAD] * E;
+        uint16_t *to = x + (size_t)(r - AHEAD) * E;
+        for (uint32_t i = 0; i < E; i += LANES)
+            v_store_bf16(to + i, v_load_bf16(e + i) * scale + v_load_bf16(p + i));
+    }
 }
 
 static void body_project(const struct host_model *model, uint32_t layer, const uint16_t *x,

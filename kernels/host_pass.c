@@ -1,9 +1,10 @@
 /* The runner's host backend: an arena, a few threads that live as long as the runner, and the
  * phases of a pass.
  *
- * launch() copies what it was given and wakes the threads; wait() sleeps until they are done. All
- * threads run the same pass, phase by phase, with a barrier after each; inside a phase they take
- * tasks from a counter:
+ * The thread that waits is one of the threads: launch() copies what it was given and wakes the
+ * others, if there are any; wait() runs its share of the pass, and all of it where there is one
+ * thread only. So a short pass costs no thread's sleep and waking. All threads run the same pass,
+ * phase by phase, with a barrier after each; inside a phase they take tasks from a counter:
  *
  *   rows 0       embed, project layer 0              a task: 48 rows of the batch
  *   attend l     append K and V, attention           a task: a sequence's head, up to 192 rows
@@ -12,9 +13,12 @@
  * Tasks write disjoint memory and a row's bits depend on that row alone (host_math.h), so the
  * number of threads and the order of tasks show in nothing.
  *
+ * When the waiter's time is up, between two tasks or before a gate, it leaves and remembers the
+ * phase; the next wait() goes on there. Meanwhile the others wait at a barrier.
+ *
  * Gates: pages are touched in the attend phases only, and attend l of a gated pass starts when gate
  * l is open. Only the opening ends that wait: if the daemon is lost, the library's watcher opens
- * it. close() waits for a pass in flight.
+ * it. close() ends a pass in flight first.
  *
  * In the last layer history rows need no output: only their K and V are made, unless debug() asks
  * for the block's rows. */
@@ -29,10 +33,6 @@
 #include "clock.h"
 #include "device.h"
 #include "log.h"
-
-enum state { IDLE, RUNNING, DONE, CLOSING };
-/* IDLE -> RUNNING: launch. RUNNING -> DONE: the last thread. DONE -> IDLE: wait. IDLE, DONE ->
- * CLOSING: close. */
 
 struct attend_task {
     uint32_t sequence, head, row0, rows; /* row0: local */
@@ -65,24 +65,25 @@ struct host {
     float *logits;                   /* [max_rows][head_out] */
     struct host_rows at;
     uint64_t arena_bytes;
-    struct pass pass; /* written by launch while IDLE, then read-only */
+    struct pass pass; /* written by launch, then read-only */
 
     _Atomic uint32_t taken[2 * SKV_MAX_LAYERS + 1]; /* tasks taken, a counter a phase */
     pthread_barrier_t phase;
 
-    pthread_mutex_t lock; /* of state, launches, running */
-    pthread_cond_t wake;  /* the threads: a launch, or CLOSING */
-    pthread_cond_t done;  /* wait() */
-    enum state state;
+    bool running; /* launched, not waited for to the end */
+
+    pthread_mutex_t lock; /* of launches, closing */
+    pthread_cond_t wake;  /* the helpers: a launch, or closing */
     uint64_t launches;
-    uint32_t running;
+    bool closing;
 
     struct worker {
         struct host *host;
         struct host_scratch scratch;
         pthread_t thread;
-        bool leader, started;
-    } * workers; /* [threads] */
+        bool started;
+        uint32_t phase; /* of the running pass: 2 l is rows l, 2 l + 1 attend l */
+    } * workers;        /* [threads]; the first is whoever waits, the others are helpers */
 };
 
 /* ---- a pass, as every thread runs it ---- */
@@ -123,9 +124,7 @@ static void row_task(struct host *h, uint32_t layer, uint32_t row0, uint32_t row
     const bool *wanted = h->pass.every_row ? NULL : h->is_target + row0;
 
     if (layer == 0)
-        for (uint32_t r = 0; r < rows; r++)
-            h->math->embed(h->options.weights, h->tokens[row0 + r], h->position[row0 + r],
-                           x + (uint64_t)r * E);
+        h->math->embed(h->options.weights, h->tokens + row0, h->position + row0, rows, x);
     else
         h->math->output(h->weights, layer - 1, m, h->at.o + (uint64_t)row0 * HD, x, rows,
                         layer == L ? wanted : NULL, scratch);
@@ -178,52 +177,75 @@ static void attend_task(struct host *h, uint32_t layer, const struct attend_task
         h->math->attend(h->weights, &t, scratch);
 }
 
-static void wait_gate(struct host *h, uint32_t layer)
+/* One task of a phase. */
+static void run_task(struct host *h, uint32_t phase, uint32_t task, struct host_scratch *scratch)
 {
-    while (skv_gate_wait(&h->options.gate_row[layer], 1000) != 0)
-        skv_debug("layer %u still waits for its gate", layer);
+    if (phase % 2) {
+        attend_task(h, phase / 2, &h->tasks[task], scratch);
+        return;
+    }
+    const uint32_t row0 = task * HOST_BLOCK_ROWS, left = h->pass.rows - row0;
+    row_task(h, phase / 2, row0, left < HOST_BLOCK_ROWS ? left : HOST_BLOCK_ROWS, scratch);
 }
 
-static void run_pass(struct host *h, struct worker *me)
+static bool time_is_up(uint64_t deadline_ns)
 {
-    const uint32_t L = h->model.geometry.layers;
-    const uint32_t blocks = (h->pass.rows + HOST_BLOCK_ROWS - 1) / HOST_BLOCK_ROWS;
-    uint32_t task;
-    for (uint32_t layer = 0; layer <= L; layer++) {
-        while (take(h, 2 * layer, blocks, &task)) {
-            uint32_t row0 = task * HOST_BLOCK_ROWS, left = h->pass.rows - row0;
-            row_task(h, layer, row0, left < HOST_BLOCK_ROWS ? left : HOST_BLOCK_ROWS, &me->scratch);
-        }
-        if (layer == L)
-            break;
-        if (h->pass.gated && me->leader)
-            wait_gate(h, layer);
-        barrier(h);
-        while (take(h, 2 * layer + 1, h->pass.tasks, &task))
-            attend_task(h, layer, &h->tasks[task], &me->scratch);
-        barrier(h);
+    return deadline_ns != UINT64_MAX && skv_now_ns() >= deadline_ns;
+}
+
+/* Waits for what opens `phase`: a gate, if it is to touch pages. False: the deadline came first. */
+static bool may_enter(struct host *h, uint32_t phase, uint64_t deadline_ns)
+{
+    const uint32_t layer = phase / 2;
+    if (!h->pass.gated || phase % 2 == 0 || layer == h->model.geometry.layers)
+        return true;
+    for (uint64_t now = skv_now_ns();; now = skv_now_ns()) {
+        uint64_t left_ms = deadline_ns > now ? (deadline_ns - now) / 1000000u + 1 : 0;
+        if (skv_gate_wait(&h->options.gate_row[layer], left_ms < 1000 ? (uint32_t)left_ms : 1000) ==
+            0)
+            return true;
+        if (left_ms == 0)
+            return false;
+        skv_debug("layer %u still waits for its gate", layer);
     }
 }
 
-static void *worker_main(void *argument)
+/* Runs the pass from me->phase on. False: the deadline came first. Only the waiter has one, and
+ * only the waiter waits for gates: the barrier behind holds back the others. */
+static bool run_pass(struct host *h, struct worker *me, uint64_t deadline_ns)
+{
+    const uint32_t last = 2 * h->model.geometry.layers;
+    const uint32_t blocks = (h->pass.rows + HOST_BLOCK_ROWS - 1) / HOST_BLOCK_ROWS;
+    for (; me->phase <= last; me->phase++) {
+        uint32_t tasks = me->phase % 2 ? h->pass.tasks : blocks, task;
+        while (take(h, me->phase, tasks, &task)) {
+            run_task(h, me->phase, task, &me->scratch);
+            if (time_is_up(deadline_ns))
+                return false;
+        }
+        if (me == h->workers && !may_enter(h, me->phase + 1, deadline_ns))
+            return false;
+        barrier(h);
+    }
+    return true;
+}
+
+static void *helper_main(void *argument)
 {
     struct worker *me = argument;
     struct host *h = me->host;
     uint64_t seen = 0;
     pthread_mutex_lock(&h->lock);
     for (;;) {
-        while (h->state != CLOSING && h->launches == seen)
+        while (!h->closing && h->launches == seen)
             pthread_cond_wait(&h->wake, &h->lock);
         if (h->launches == seen)
             break;
         seen = h->launches;
         pthread_mutex_unlock(&h->lock);
-        run_pass(h, me);
+        me->phase = 0;
+        run_pass(h, me, UINT64_MAX);
         pthread_mutex_lock(&h->lock);
-        if (--h->running == 0) {
-            h->state = DONE;
-            pthread_cond_broadcast(&h->done);
-        }
     }
     pthread_mutex_unlock(&h->lock);
     return NULL;
@@ -269,18 +291,16 @@ static void take_batch(struct host *h, const struct hstu_sequence *sequences, ui
 static int start(struct host *h, const struct hstu_sequence *sequences, uint32_t count, bool gated,
                  bool every_row)
 {
-    pthread_mutex_lock(&h->lock);
-    if (h->state != IDLE) {
-        pthread_mutex_unlock(&h->lock);
+    if (h->running)
         return SKV_EBUSY;
-    }
     take_batch(h, sequences, count);
     h->pass.gated = gated;
     h->pass.every_row = every_row;
     for (uint32_t i = 0; i < 2 * h->model.geometry.layers + 1; i++)
         atomic_store_explicit(&h->taken[i], 0, memory_order_relaxed);
-    h->state = RUNNING;
-    h->running = h->threads;
+    h->workers[0].phase = 0;
+    h->running = true;
+    pthread_mutex_lock(&h->lock);
     h->launches++;
     pthread_cond_broadcast(&h->wake);
     pthread_mutex_unlock(&h->lock);
@@ -296,22 +316,14 @@ static int host_launch(void *state, const struct hstu_sequence *sequences, uint3
 static int host_wait(void *state, float *logits, uint32_t timeout_ms)
 {
     struct host *h = state;
-    uint64_t deadline = skv_now_ns() + (uint64_t)timeout_ms * 1000000u;
-    struct timespec until = {.tv_sec = (time_t)(deadline / 1000000000u),
-                             .tv_nsec = (long)(deadline % 1000000000u)};
-    pthread_mutex_lock(&h->lock);
-    while (h->state == RUNNING)
-        if (pthread_cond_timedwait(&h->done, &h->lock, &until) == ETIMEDOUT)
-            break;
-    int status = h->state == DONE ? 0 : h->state == RUNNING ? SKV_ETIMEDOUT : SKV_EINVAL;
-    if (status == 0) {
-        if (logits)
-            memcpy(logits, h->logits,
-                   (uint64_t)h->pass.targets * h->model.head_out * sizeof *logits);
-        h->state = IDLE;
-    }
-    pthread_mutex_unlock(&h->lock);
-    return status;
+    if (!h->running)
+        return SKV_EINVAL;
+    if (!run_pass(h, h->workers, skv_now_ns() + timeout_ms * UINT64_C(1000000)))
+        return SKV_ETIMEDOUT;
+    h->running = false;
+    if (logits)
+        memcpy(logits, h->logits, (uint64_t)h->pass.targets * h->model.head_out * sizeof *logits);
+    return 0;
 }
 
 static int host_debug(void *state, const struct hstu_sequence *sequences, uint32_t count,
@@ -335,10 +347,10 @@ static void host_close(void *state)
     struct host *h = state;
     if (!h)
         return;
+    if (h->running)
+        run_pass(h, h->workers, UINT64_MAX);
     pthread_mutex_lock(&h->lock);
-    while (h->state == RUNNING)
-        pthread_cond_wait(&h->done, &h->lock);
-    h->state = CLOSING;
+    h->closing = true;
     pthread_cond_broadcast(&h->wake);
     pthread_mutex_unlock(&h->lock);
     for (uint32_t i = 0; h->workers && i < h->threads; i++) {
@@ -348,7 +360,6 @@ static void host_close(void *state)
     }
     pthread_barrier_destroy(&h->phase);
     pthread_cond_destroy(&h->wake);
-    pthread_cond_destroy(&h->done);
     pthread_mutex_destroy(&h->lock);
     host_model_close(h->weights);
     free(h->workers);
@@ -405,11 +416,12 @@ static int workers_open(struct host *h)
     for (uint32_t i = 0; i < h->threads; i++) {
         struct worker *w = &h->workers[i];
         w->host = h;
-        w->leader = i == 0;
         if (host_scratch_open(&h->model, &w->scratch) != 0)
             return SKV_ENOMEM;
         h->arena_bytes += w->scratch.bytes;
-        int error = pthread_create(&w->thread, NULL, worker_main, w);
+        if (i == 0)
+            continue;
+        int error = pthread_create(&w->thread, NULL, helper_main, w);
         if (error) {
             skv_error("pthread_create: %s", strerror(error));
             return SKV_ENOMEM;
@@ -435,12 +447,7 @@ static int host_open(const struct hstu_runner_options *options, void **state)
     h->threads = options->threads ? options->threads : 1;
     pthread_barrier_init(&h->phase, NULL, h->threads);
     pthread_mutex_init(&h->lock, NULL);
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&h->wake, &monotonic);
-    pthread_cond_init(&h->done, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    pthread_cond_init(&h->wake, NULL);
 
     int status = arena_open(h);
     if (status == 0)

@@ -78,10 +78,12 @@ static inline vf v_scale_by_adding(vf p, vf n)
 /* The lanes' sum, in one order: halves first. */
 static inline float v_sum(vf v)
 {
-    float lane[LANES];
-    v_store(lane, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            lane[i] += lane[i + half];
-    return lane[0];
+    vi lane = {0};
+    for (int i = 1; i < LANES; i++)
+        lane[i] = i;
+    _Pragma("GCC unroll 4") for (int half = LANES / 2; half; half /= 2)
+    {
+        v += __builtin_shuffle(v, (lane + half) & (LANES - 1));
+    }
+    return v[0];
 }

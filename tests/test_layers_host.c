@@ -382,6 +382,33 @@ Test(host, a_gated_pass_touches_a_layer_only_after_its_gate_opens)
     }
 }
 
+/* A wait that has no time runs a task, then goes on where it left. */
+Test(host, a_pass_in_many_waits_gives_the_same_bits)
+{
+    for (uint32_t threads = 1; threads <= 3; threads += 2) {
+        struct hstu_model model = small_model(3, 64, 32, 1);
+        struct rig rig;
+        rig_open(&rig, &model, 8, 300, threads);
+        struct user u = user_new(&rig, 18, 200, 9, 0, 1);
+        float *want = uncached(&rig, &u), *got = logits_new(&rig, 9);
+        rig_append(&rig, &u, 0, 40);
+        struct hstu_sequence q = user_sequence(&u, 40, true);
+        uint32_t waits = 1;
+        int status;
+        cr_assert_eq(hstu_runner_launch(rig.runner, &q, 1, false), 0);
+        while ((status = hstu_runner_wait(rig.runner, got, 0)) == SKV_ETIMEDOUT)
+            waits++;
+        cr_assert_eq(status, 0);
+        if (threads == 1)
+            cr_assert_gt(waits, model.geometry.layers * 2);
+        cr_assert_eq(memcmp(got, want, logits_bytes(&rig, 9)), 0);
+        free(want);
+        free(got);
+        user_free(&u);
+        rig_close(&rig);
+    }
+}
+
 Test(host, close_waits_for_a_gated_pass_in_flight)
 {
     struct hstu_model model = small_model(1, 64, 32, 1);

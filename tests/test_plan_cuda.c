@@ -399,6 +399,7 @@ static struct hstu_cuda runner(void)
     static uint64_t tokens[BATCH_ROWS];
     static uint8_t slices[BATCH_ROWS];
     static uint32_t pages[BATCH_ROWS];
+    static struct hstu_work planned[ROOM];
     return (struct hstu_cuda){
         .model = {.geometry = geometry, .group = 1, .position_buckets = 1024},
         .path = &small_tiles,
@@ -409,6 +410,8 @@ static struct hstu_cuda runner(void)
         .pool_pages = UINT32_MAX / 64,
         .page_capacity = BATCH_ROWS,
         .work_capacity = ROOM,
+        .plan_work = planned,
+        .plan_slices = row_slices,
         .pinned = {
             .counts = &counts, .token = tokens, .slices = slices, .page = pages, .work = work}};
 }
@@ -467,4 +470,35 @@ Test(batch, pages_that_are_appended_to_need_room)
     s.append = false;
     cr_assert_eq(hstu_cuda_batch(&c, &s, 1, &graph_rows), SKV_OK);
     cr_assert_eq(c.pinned.counts->layout.pages, 1);
+}
+
+/* Whole rounds over the block, and some lines more. */
+Test(batch, taking_lines_back_changes_none)
+{
+    static uint64_t tokens[4096];
+    static uint32_t pages[128];
+    static struct hstu_work work_before[ROOM];
+    struct hstu_cuda c = runner();
+    struct hstu_sequence s[2] = {sequence(2048, 1000, 100), sequence(300, 0, 7)};
+    uint32_t graph_rows;
+    for (uint32_t i = 0; i < 4096; i++)
+        tokens[i] = i * UINT64_C(0x9e3779b97f4a7c15);
+    for (uint32_t b = 0; b < 2; b++) {
+        s[b].tokens = tokens;
+        s[b].pages = pages;
+    }
+    hstu_cuda_reclaim(&c); /* before the first launch there is nothing */
+    for (uint32_t count = 2; count > 0; count--) {
+        cr_assert_eq(hstu_cuda_batch(&c, s, count, &graph_rows), SKV_OK);
+        const struct hstu_counts counts_before = *c.pinned.counts;
+        memcpy(work_before, work, sizeof work);
+        uint64_t lines = 0;
+        for (uint32_t i = 0; i < HSTU_CUDA_PARTS; i++)
+            lines += c.written[i].bytes / HSTU_CUDA_LINE;
+        for (uint64_t i = 0; i < lines; i++)
+            hstu_cuda_reclaim(&c);
+        cr_assert_eq(memcmp(c.pinned.counts, &counts_before, sizeof counts_before), 0);
+        cr_assert_eq(memcmp(work, work_before, sizeof work), 0);
+        check_rows(&c, s, count, graph_rows);
+    }
 }
