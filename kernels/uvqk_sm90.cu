@@ -9,7 +9,8 @@
  * tensor cores are at the next tile, a few columns after each step: SiLU, bound by the special
  * function unit, takes a quarter of a product's time.
  *
- * Moves: x once per column block (from L2), W' once per two row blocks, m once; a page row once. */
+ * Moves: x once per column block (from L2), W' once per row block or cluster, m once; a page row
+ * once. */
 #include "gemm_sm90.cuh"
 
 namespace
