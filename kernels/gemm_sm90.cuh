@@ -314,8 +314,9 @@ template <typename S> uint32_t rounds_of(uint32_t rows, uint32_t n, uint32_t sm_
     return (tiles_of<S>(rows, n) + sm_count - 1) / sm_count;
 }
 
-/* Microseconds that the product takes: S::START, and S::ROUND a round at k 1024 (bench_gemm, on an
- * H100). */
+/* Microseconds that the product adds to a layer: S::START, and S::ROUND a round at k 1024. Fitted
+ * to whole blocks on an H100 with each shape in turn; alone (bench_gemm) the widest tiles do better
+ * than among the other kernels. */
 template <typename S> double estimate(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
 {
     if (n % S::COLUMNS)
