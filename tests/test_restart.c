@@ -969,7 +969,9 @@ ON_EVERY_BACKEND(a_standby_that_cannot_be_started_harms_nobody)
     snprintf(command, sizeof command, "echo --device cuda:99 >%s", extra);
     cr_assert_eq(system(command), 0);
     kill(waiting, SIGKILL);
-    for (int i = 0; i < 300; i++, poll(NULL, 0, 1)) {
+    for (stats.standby = 1; stats.standby; poll(NULL, 0, 1)) /* till the keeper knows */
+        cr_assert_eq(skv_stats(skv, &stats), 0);
+    for (int i = 0; i < 300; i++, poll(NULL, 0, 1)) { /* others are started, and die */
         uint32_t user = (uint32_t)i % USERS;
         serve(user, known[user].committed < MOST ? known[user].committed + 1 : MOST);
         cr_assert_eq(known[user].perhaps, 0, "a commit was lost");
