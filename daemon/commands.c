@@ -398,7 +398,7 @@ static const char *do_stats(struct peer *peer, const struct wire_sqe *sqe)
     struct skv_mover_counters moved = {0};
     if (daemon->mover)
         skv_mover_counters(daemon->mover, &moved);
-    stats.uptime_ms = (daemon->now_ns - daemon->started_ns) / 1000000;
+    stats.uptime_ms = (daemon->now_ns - daemon->free_ns) / 1000000;
     stats.epoll = own->epoll;
     stats.sessions = own->sessions;
     stats.sessions_total = own->sessions_total;
@@ -414,6 +414,7 @@ static const char *do_stats(struct peer *peer, const struct wire_sqe *sqe)
     stats.mps = skv_device_info(daemon->device)->mps;
     stats.mps_workers = own->mps_workers;
     stats.store_awaited = daemon->arrival != NULL;
+    stats.standby = own->standby;
     if (daemon->store) {
         skv_store_usage(daemon->store, &stats.store_bytes, &stats.store_limit_bytes);
         skv_store_damage(daemon->store, &stats.store_cold_starts, &stats.store_damaged_records);

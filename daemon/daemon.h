@@ -81,7 +81,9 @@ struct request {
 struct daemon {
     struct options options;
     struct skv_device *device;
-    int device_status; /* of opening it */
+    int device_status;     /* of opening it */
+    int device_bell;       /* an eventfd: that has come to an end */
+    uint64_t device_ns[2]; /* when it began and ended */
     struct skv_pool *pool;
     struct skv_store *claimed; /* prepared, then locked and being checked, until it is on its way */
     struct arrival *arrival;   /* it is; or NULL: it is there, or there is none */
@@ -105,12 +107,12 @@ struct daemon {
         live_count; /* indices of the live ones: a spin looks at no other */
     struct request *requests;
     uint64_t session_ids;
-    uint64_t started_ns, now_ns;
-    uint32_t wall_s;      /* seconds since the epoch, of the last millisecond */
-    uint64_t kept_ns;     /* housekeeping's last; 0 after a sleep: due, and the wall clock too */
-    uint64_t free_ns;     /* since when the daemon of before is gone */
-    uint64_t start_by_ns; /* --start-wait's end */
-    uint64_t accept_ns;   /* not accepting till then */
+    uint64_t now_ns;
+    uint32_t wall_s;  /* seconds since the epoch, of the last millisecond */
+    uint64_t kept_ns; /* housekeeping's last; 0 after a sleep: due, and the wall clock too */
+    uint64_t free_ns; /* since when the daemon of before is gone: the start of this one's time */
+    uint64_t start_by_ns;      /* --start-wait's end */
+    uint64_t accept_ns;        /* not accepting till then */
     uint64_t store_checked_ns; /* watermarks looked at */
     uint64_t generation_limit; /* high-water mark that is in the store */
     uint64_t stop_by_ns, stop_epoch;

@@ -8,8 +8,11 @@
  *                      a failed first start (it never served): the keeper ends with its status
  *                      anything else: started anew, at once, with growing pauses when it does not
  *                      live for a second
- * One that is being killed says so before it is gone (KEEPER_LIFE): the next one is started then,
- * and opens its device meanwhile, but gets nothing until the one before has been reaped.
+ * The next one is started while another serves, where that wants it (KEEPER_STANDBY), else when
+ * that is being killed, which it says before it is gone (KEEPER_LIFE). It opens its device, and
+ * waits: it gets nothing until the one before has been reaped. One that dies waiting is replaced,
+ * at growing pauses. It is called off, and another started, at a planned restart, where nothing is
+ * kept, and where the program's file is another one by then: what takes over is what is installed.
  * When the keeper dies: sidekvd notices and goes on without one (see kept.c). Under systemd the
  * keeper has the manager hold copies of all that it holds (FDSTORE), and of sidekvd's pidfd:
  * sidekvd then ends, and the keeper that systemd starts next kills what is left of it, takes the
@@ -29,6 +32,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -43,7 +47,13 @@
 #define SHORT_LIFE_NS UINT64_C(1000000000)
 #define PAUSE_MS      50u /* after a second short life in a row; doubles up to */
 #define PAUSE_MAX_MS  5000u
-#define GIVE_S        10 /* whoever does not take its fds, or does not die, is given up */
+#define STANDBY_MS                                                                                 \
+    1000u /* after a daemon serves, the next one is started: not beside its first requests */
+#define AGAIN_MS     1000u /* one that died waiting: at once; next time after this, doubling up to */
+#define AGAIN_MAX_MS 600000u
+#define WAITED_NS    UINT64_C(60000000000) /* after so long its death is a first one again */
+#define OPEN_NS      UINT64_C(10000000000) /* one whose device is not open by then hangs, maybe */
+#define GIVE_S       10 /* whoever does not take its fds, or does not die, is given up */
 
 static struct {
     int pool[KEEPER_FDS];
@@ -60,10 +70,20 @@ static struct {
 } held = {.table = -1, .sessions = -1, .life = -1};
 
 struct child {
-    pid_t pid;  /* 0: there is none */
-    int socket; /* our end */
-    uint64_t began_ns;
+    pid_t pid;           /* 0: there is none */
+    int socket;          /* our end */
+    bool listening;      /* it has not closed its end */
+    bool waits;          /* given nothing yet, its device is open */
+    uint64_t began_ns;   /* its start; given what is held: since then */
+    struct stat program; /* what it was started from */
 };
+
+/* The daemon that is to follow the one that runs. */
+static struct {
+    struct child child;
+    uint64_t wanted_ns; /* to be started then; 0: not before the other one is gone */
+    uint32_t again_ms;  /* the pause after it dies waiting */
+} next;
 
 static char **command;   /* sidekvd's */
 static sigset_t signals; /* that signal_fd tells */
@@ -206,6 +226,11 @@ static void forget_worker(uint64_t id)
         }
 }
 
+static void want_next(uint32_t in_ms)
+{
+    next.wanted_ns = skv_now_ns() + in_ms * UINT64_C(1000000);
+}
+
 /* Takes a message's fds into what is held; those it has no use for are closed. */
 static void hold(const struct keeper_message *m, int *fds, uint32_t count)
 {
@@ -256,6 +281,9 @@ static void hold(const struct keeper_message *m, int *fds, uint32_t count)
         if (count)
             held.life = fds[taken++];
         break;
+    case KEEPER_STANDBY:
+        want_next(hurry ? 0 : STANDBY_MS);
+        break;
     }
     while (taken < count)
         close(fds[taken++]);
@@ -297,8 +325,10 @@ static int say(int socket, enum keeper_kind kind, uint64_t id, const int *fds, u
 }
 
 /* Gives the new daemon what is held; it keeps being held. The daemon before it is gone. */
-static void give(const struct child *daemon)
+static void give(struct child *daemon)
 {
+    daemon->began_ns = skv_now_ns();
+    daemon->waits = false;
     int socket = daemon->socket;
     int pidfd = manager >= 0 ? (int)syscall(SYS_pidfd_open, daemon->pid, 0) : -1;
     if (pidfd >= 0) {
@@ -321,34 +351,52 @@ static void give(const struct child *daemon)
         failed = say(socket, KEEPER_WORKER, held.workers[i].id, &held.workers[i].pidfd, 1);
     if (!failed)
         failed = say(socket, KEEPER_END, manager >= 0 ? KEEPER_SUCCEEDED : 0, NULL, 0);
-    if (failed)
+    if (failed && errno != EPIPE) /* else it has ended, and how is told soon */
         skv_error("the new sidekvd did not take what was kept: %s", strerror(errno));
 }
 
-/* sidekvd beside this program, else the one in PATH. */
-static void run(void)
+/* sidekvd beside this program, else the one in PATH; NULL: neither. The text is valid till the next
+ * call. */
+static const char *find_program(void)
 {
-    char path[4096];
+    static char path[4096];
     ssize_t length = readlink("/proc/self/exe", path, sizeof path - sizeof "sidekvd");
-    char *slash = NULL;
-    if (length > 0) {
-        path[length] = '\0';
-        slash = strrchr(path, '/');
-    }
-    command[0] = "sidekvd";
+    path[length > 0 ? length : 0] = '\0';
+    char *slash = strrchr(path, '/');
     if (slash) {
         strcpy(slash + 1, "sidekvd");
-        execv(path, command);
+        if (access(path, X_OK) == 0)
+            return path;
     }
-    execvp("sidekvd", command);
-    skv_error("sidekvd: neither beside this program nor in PATH: %s", strerror(errno));
-    _exit(127);
+    for (const char *at = getenv("PATH"), *end; at && *at; at = *end ? end + 1 : end) {
+        end = strchrnul(at, ':');
+        snprintf(path, sizeof path, "%.*s/sidekvd", (int)(end - at), at);
+        if (access(path, X_OK) == 0)
+            return path;
+    }
+    return NULL;
+}
+
+/* Is it what would be started now? Of a file that is gone it is all there is. */
+static bool is_installed(const struct child *daemon)
+{
+    const struct stat *old = &daemon->program;
+    struct stat now;
+    const char *path = find_program();
+    return !path || stat(path, &now) ||
+           (now.st_dev == old->st_dev && now.st_ino == old->st_ino && now.st_size == old->st_size &&
+            now.st_mtim.tv_sec == old->st_mtim.tv_sec &&
+            now.st_mtim.tv_nsec == old->st_mtim.tv_nsec);
 }
 
 /* Starts it; it waits until it is given what is held. */
 static bool start(struct child *daemon)
 {
     int pair[2];
+    const char *path = find_program();
+    *daemon = (struct child){.listening = true, .began_ns = skv_now_ns()};
+    if (path)
+        stat(path, &daemon->program); /* before it runs: should that change now, it is too old */
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
         skv_error("socketpair: %s", strerror(errno));
         return false;
@@ -361,7 +409,12 @@ static bool start(struct child *daemon)
         setenv(KEEPER_FD, number, 1);
         setpgid(0, 0); /* a terminal's Ctrl-C comes once: from us */
         sigprocmask(SIG_UNBLOCK, &signals, NULL);
-        run();
+        command[0] = "sidekvd";
+        if (path)
+            execv(path, command);
+        skv_error("sidekvd: %s",
+                  path ? strerror(errno) : "neither beside this program nor in PATH");
+        _exit(127);
     }
     close(pair[1]);
     if (pid < 0) {
@@ -371,19 +424,21 @@ static bool start(struct child *daemon)
     }
     setsockopt(pair[0], SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = GIVE_S},
                sizeof(struct timeval));
-    *daemon = (struct child){.pid = pid, .socket = pair[0], .began_ns = skv_now_ns()};
+    daemon->pid = pid;
+    daemon->socket = pair[0];
     skv_failpoint(FAIL_keeper_started);
     return true;
 }
 
 /* Ends one that was started and will not be needed; it was given nothing. */
-static void call_off(const struct child *daemon)
+static void call_off(struct child *daemon)
 {
     if (!daemon->pid)
         return;
     kill(daemon->pid, SIGKILL);
     waitpid(daemon->pid, NULL, 0);
     close(daemon->socket);
+    daemon->pid = 0;
 }
 
 /* ---- watching it ---- */
@@ -404,39 +459,6 @@ static bool lived_long(const struct child *daemon)
     return skv_now_ns() - daemon->began_ns >= SHORT_LIFE_NS;
 }
 
-/* Until it has ended and been reaped. Returns its wait status. *next: who is to follow it, where
- * that was clear before. */
-static int watch(const struct child *daemon, struct child *next)
-{
-    bool listening = true;
-    int status;
-    for (;;) {
-        pid_t got = waitpid(daemon->pid, &status, WNOHANG);
-        if (got == daemon->pid || (got < 0 && errno == ECHILD))
-            break;
-        struct pollfd fds[3] = {{.fd = signal_fd, .events = POLLIN},
-                                {.fd = listening ? daemon->socket : -1, .events = POLLIN},
-                                {.fd = held.life, .events = POLLIN}};
-        if (poll(fds, 3, -1) < 0 && errno != EINTR)
-            skv_error("poll: %s", strerror(errno));
-        if (fds[0].revents)
-            take_signals(daemon->pid);
-        if (fds[1].revents)
-            listening = listen_to(daemon->socket);
-        if (fds[2].revents) {
-            drop_life();
-            /* One that ends in order has hung up before. */
-            if (listening && held.whole && !stopping && !next->pid && (hurry || lived_long(daemon)))
-                start(next);
-        }
-    }
-    if (listening)
-        listen_to(daemon->socket); /* what it said last */
-    close(daemon->socket);
-    drop_life();
-    return status;
-}
-
 static const char *end_text(int status, char *out, size_t size)
 {
     if (WIFSIGNALED(status))
@@ -444,6 +466,141 @@ static const char *end_text(int status, char *out, size_t size)
     else
         snprintf(out, size, "exit status %d", WEXITSTATUS(status));
     return out;
+}
+
+/* ---- the one that is to follow ---- */
+
+/* Says to the daemon that serves whether another one waits; what it does not take it does not know.
+ */
+static void tell_waits(const struct child *daemon, bool waits)
+{
+    struct keeper_message m = {.magic = KEEPER_MAGIC, .kind = KEEPER_STANDBY, .id = waits};
+    if (daemon->listening)
+        skv_send_fds(daemon->socket, &m, sizeof m, NULL, 0, MSG_DONTWAIT);
+}
+
+/* The one that waits has one thing to say. */
+static void listen_to_next(const struct child *daemon)
+{
+    struct keeper_message m;
+    if (recv(next.child.socket, &m, sizeof m, MSG_DONTWAIT) != sizeof m ||
+        m.magic != KEEPER_MAGIC || m.kind != KEEPER_WAITS) {
+        next.child.listening = false; /* it ends */
+        return;
+    }
+    skv_info("sidekvd (pid %d) waits to follow", (int)next.child.pid);
+    next.child.waits = true;
+    tell_waits(daemon, true);
+}
+
+/* It died waiting, or could not be started: another one, in a while. */
+static void want_again(void)
+{
+    want_next(hurry && next.again_ms ? PAUSE_MS : next.again_ms);
+    next.again_ms = next.again_ms ? next.again_ms * 2 : AGAIN_MS;
+    if (next.again_ms > AGAIN_MAX_MS)
+        next.again_ms = AGAIN_MAX_MS;
+}
+
+static void reap_next(const struct child *daemon)
+{
+    int status;
+    char text[64];
+    if (!next.child.pid || waitpid(next.child.pid, &status, WNOHANG) != next.child.pid)
+        return;
+    if (skv_now_ns() - next.child.began_ns >= WAITED_NS)
+        next.again_ms = 0;
+    if (next.again_ms == 0)
+        skv_warn("sidekvd (pid %d), which was to follow, ended with %s: another one is started, "
+                 "should that end too at growing pauses",
+                 (int)next.child.pid, end_text(status, text, sizeof text));
+    if (next.child.waits)
+        tell_waits(daemon, false);
+    close(next.child.socket);
+    next.child.pid = 0;
+    want_again();
+}
+
+/* Starts it when it is time. Returns for how many milliseconds there is nothing to do; -1: no end.
+ */
+static int look_after_next(struct child *daemon)
+{
+    if (stopping)
+        call_off(&next.child);
+    reap_next(daemon);
+    if (stopping || next.child.pid || !next.wanted_ns)
+        return -1;
+    uint64_t now_ns = skv_now_ns();
+    if (now_ns < next.wanted_ns)
+        return (int)((next.wanted_ns - now_ns) / 1000000 + 1);
+    next.wanted_ns = 0;
+    if (start(&next.child))
+        return -1;
+    want_again();
+    return 0;
+}
+
+/* May the one that was started ahead take what is held? */
+static bool is_fit(const struct child *daemon)
+{
+    return daemon->pid && daemon->listening && held.whole && is_installed(daemon) &&
+           (daemon->waits || skv_now_ns() - daemon->began_ns < OPEN_NS);
+}
+
+/* Who follows: the one that waits, or a new one. `anew`: not the one that waits. */
+static bool succeed(struct child *daemon, bool anew)
+{
+    struct child waiting = next.child;
+    bool takes = !anew && is_fit(&waiting);
+    memset(&next, 0, sizeof next);
+    if (takes)
+        *daemon = waiting;
+    else if (!start(daemon))
+        daemon->pid = 0;
+    if (!takes)
+        call_off(&waiting); /* and the new one opens its device meanwhile */
+    if (daemon->pid)
+        give(daemon);
+    return daemon->pid;
+}
+
+/* Until it has ended and been reaped. Returns its wait status. */
+static int watch(struct child *daemon)
+{
+    int status;
+    for (;;) {
+        pid_t got = waitpid(daemon->pid, &status, WNOHANG);
+        if (got == daemon->pid || (got < 0 && errno == ECHILD))
+            break;
+        int timeout_ms = look_after_next(daemon);
+        struct pollfd fds[4] = {
+            {.fd = signal_fd, .events = POLLIN},
+            {.fd = daemon->listening ? daemon->socket : -1, .events = POLLIN},
+            {.fd = held.life, .events = POLLIN},
+            {.fd = next.child.pid && next.child.listening ? next.child.socket : -1,
+             .events = POLLIN}};
+        if (poll(fds, 4, timeout_ms) < 0 && errno != EINTR)
+            skv_error("poll: %s", strerror(errno));
+        if (fds[0].revents)
+            take_signals(daemon->pid);
+        if (fds[1].revents)
+            daemon->listening = listen_to(daemon->socket);
+        if (fds[2].revents) {
+            drop_life();
+            /* One that ends in order has hung up before. */
+            if (daemon->listening && held.whole && (hurry || lived_long(daemon)))
+                want_next(0);
+        }
+        if (fds[3].revents)
+            listen_to_next(daemon);
+    }
+    if (daemon->listening)
+        listen_to(daemon->socket); /* what it said last */
+    close(daemon->socket);
+    daemon->listening = false;
+    drop_life();
+    reap_next(daemon); /* they may have been killed together */
+    return status;
 }
 
 /* Does the keeper end too? *code: with which status. */
@@ -467,23 +624,20 @@ static void rest(uint32_t ms)
 static int keep(void)
 {
     uint32_t short_lives = 0, pause_ms = 0;
-    bool served = false;
-    struct child next = {0};
+    bool served = false, planned = false;
+    struct child daemon;
+    int code;
     for (;;) {
-        if (!next.pid && !start(&next))
+        if (!succeed(&daemon, planned))
             return 1;
-        struct child daemon = next;
-        next.pid = 0;
-        give(&daemon);
-        int status = watch(&daemon, &next), code;
+        int status = watch(&daemon);
         copy(-1, DAEMON_NAME);
         skv_failpoint(FAIL_keeper_reaped);
         served = served || held.whole;
-        if (is_over(status, served, &code)) {
-            call_off(&next);
-            return code;
-        }
-        if (code == KEEPER_RESTART) {
+        if (is_over(status, served, &code))
+            break;
+        planned = code == KEEPER_RESTART;
+        if (planned) {
             skv_info("a planned restart: starting sidekvd anew, with %u extents and %u workers",
                      held.whole ? held.extents : 0, held.worker_count);
             continue;
@@ -500,8 +654,10 @@ static int keep(void)
                   held.whole ? held.extents : 0, held.worker_count);
         rest(pause_ms);
         if (stopping)
-            return code;
+            break;
     }
+    call_off(&next.child);
+    return code;
 }
 
 int main(int argc, char **argv)

@@ -3,8 +3,8 @@
  *
  * The keeper starts sidekvd with one end of a SOCK_SEQPACKET pair, its number in SIDEKV_KEEPER_FD.
  * First the keeper speaks: what it holds (nothing the first time), then KEEPER_END; not before the
- * daemon of before is gone. From then on only the daemon does; the same messages in the other
- * direction say what to hold. The keeper looks into none of it. */
+ * daemon of before is gone, which may be days after the start. From then on the daemon does; the
+ * same messages in the other direction say what to hold. The keeper looks into none of it. */
 #ifndef SKV_KEEPER_H
 #define SKV_KEEPER_H
 
@@ -23,11 +23,14 @@ enum keeper_kind {
     KEEPER_POOL,      /* fds of extents, from `id` on; extent_bytes and all */
     KEEPER_TABLE,     /* fd of the page descriptors' memfd, writable */
     KEEPER_SESSION_TABLE,
-    KEEPER_WHOLE,  /* daemon: pool and tables are complete and may be given to a successor */
-    KEEPER_WORKER, /* a worker's pidfd; session `id` */
-    KEEPER_GONE,   /* daemon: session `id` needs no pidfd any more */
-    KEEPER_END,    /* keeper: that was all; id: KEEPER_SUCCEEDED, or 0 */
-    KEEPER_LIFE,   /* daemon: a pipe's end that hangs up as soon as it is being killed */
+    KEEPER_WHOLE,   /* daemon: pool and tables are complete and may be given to a successor */
+    KEEPER_WORKER,  /* a worker's pidfd; session `id` */
+    KEEPER_GONE,    /* daemon: session `id` needs no pidfd any more */
+    KEEPER_END,     /* keeper: that was all; id: KEEPER_SUCCEEDED, or 0 */
+    KEEPER_LIFE,    /* daemon: a pipe's end that hangs up as soon as it is being killed */
+    KEEPER_WAITS,   /* daemon that was given nothing yet: its device is open */
+    KEEPER_STANDBY, /* daemon that serves: the next one may be started, and wait. keeper, to that
+                       daemon: does one wait, its device open? id: 0 or 1 */
 };
 
 /* Another keeper follows this one when it dies, with all that it held (systemd's fd store): the

@@ -9,7 +9,9 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -22,6 +24,8 @@
 #include "log.h"
 
 #define GONE_NS UINT64_C(20000000) /* after a worker's end, as in peer.c */
+#define DEVICE_OLD_NS                                                                              \
+    UINT64_C(1000000000) /* whoever has waited longer may have a device that failed meanwhile */
 #define KEEPER_MS                                                                                  \
     100 /* the loop waits for a keeper that is behind: some 200 sessions came or went since it ran \
          */
@@ -155,6 +159,36 @@ static bool take(struct kept *kept, const struct keeper_message *m, const int *f
     return false;
 }
 
+/* Waits until it is given something, or its keeper has gone, for as long as another daemon lives.
+ * Until then it is nobody: told to end it does, and one whose device does not open leaves it to the
+ * keeper to try again. */
+static int await_turn(struct daemon *daemon)
+{
+    struct kept *kept = &daemon->kept;
+    struct pollfd fds[] = {{.fd = kept->socket, .events = POLLIN},
+                           {.fd = daemon->signals, .events = POLLIN},
+                           {.fd = daemon->device_bell, .events = POLLIN}};
+    eventfd_t rung;
+    char byte;
+    prctl(PR_SET_NAME, "sidekvd-standby"); /* for ps */
+    while (poll(fds, 3, -1) < 0 || !fds[0].revents) {
+        if (fds[1].revents)
+            _exit(0);
+        if (!fds[2].revents)
+            continue;
+        eventfd_read(daemon->device_bell, &rung);
+        if (daemon->device_status)
+            return daemon->device_status;
+        say(kept, KEEPER_WAITS, 0, 0, NULL, 0, 0);
+    }
+    prctl(PR_SET_NAME, "sidekvd");
+    if (recv(kept->socket, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0) {
+        skv_info("the keeper has gone, and gave nothing: ending");
+        _exit(0);
+    }
+    return SKV_OK;
+}
+
 static int receive(struct kept *kept)
 {
     kept->handles.fds = malloc(KEEPER_FDS * sizeof(int));
@@ -252,7 +286,11 @@ int skv_kept_open(struct daemon *daemon)
 int skv_kept_take(struct daemon *daemon)
 {
     struct kept *kept = &daemon->kept;
-    int status = kept->socket < 0 ? SKV_OK : receive(kept);
+    if (kept->socket < 0)
+        return SKV_OK;
+    int status = await_turn(daemon);
+    if (!status)
+        status = receive(kept);
     if (status)
         return status;
     const char *why = kept->handles.extents ? check_left(daemon) : NULL;
@@ -312,12 +350,18 @@ int skv_kept_take_pool(struct daemon *daemon)
     kept->handles.export = SKV_EXPORT_FD;
     kept->handles.pool_bytes = kept->handles.extents * kept->handles.extent_bytes;
     const char *why = NULL;
+    int status = SKV_OK;
     if (kept->sessions->device_kind != (uint32_t)device->kind ||
         memcmp(kept->sessions->uuid, device->uuid, sizeof device->uuid) != 0)
         why = "the device is another one";
-    else if (skv_pool_adopt(daemon->device, &kept->handles,
-                            skv_page_bytes(&daemon->options.geometry), &daemon->pool))
+    else if ((status = skv_pool_adopt(daemon->device, &kept->handles,
+                                      skv_page_bytes(&daemon->options.geometry), &daemon->pool)))
         why = "its memory cannot be mapped";
+    if (status && daemon->free_ns > daemon->device_ns[1] + DEVICE_OLD_NS) {
+        skv_error("the device does not take the pool that an earlier daemon left: ending, so that "
+                  "a new daemon opens it anew and tries");
+        return status;
+    }
     if (why) {
         munmap(daemon->table, daemon->table_bytes);
         daemon->table = NULL;
@@ -396,6 +440,7 @@ static void lose_keeper(struct daemon *daemon)
         return;
     loop_forget(daemon->loop, &kept->watch);
     close_fd(&kept->socket);
+    daemon->stats.standby = 0;
     kept->orphaned = kept->succeeded;
     if (kept->orphaned) {
         skv_warn("the keeper has gone: ending, so that the next one starts a daemon on the pool");
@@ -406,11 +451,24 @@ static void lose_keeper(struct daemon *daemon)
     kept->holds = false;
 }
 
+static void await_keeper(struct daemon *daemon)
+{
+    loop_poll(daemon->loop, &daemon->kept.watch, daemon->kept.socket, POLLIN | POLLRDHUP);
+}
+
+/* After KEEPER_END it has one thing to say. */
 static void on_keeper(void *context, int32_t result)
 {
     struct daemon *daemon = context;
+    struct keeper_message m;
     (void)result;
-    lose_keeper(daemon); /* it says nothing after KEEPER_END */
+    if (recv(daemon->kept.socket, &m, sizeof m, MSG_DONTWAIT) != sizeof m ||
+        m.magic != KEEPER_MAGIC || m.kind != KEEPER_STANDBY) {
+        lose_keeper(daemon);
+        return;
+    }
+    daemon->stats.standby = m.id != 0;
+    await_keeper(daemon);
 }
 
 static void on_death(void *context, int32_t result)
@@ -423,12 +481,16 @@ static void on_death(void *context, int32_t result)
 void skv_kept_watch(struct daemon *daemon)
 {
     struct kept *kept = &daemon->kept;
+    enum standby standby = daemon->options.standby;
+    bool slow = skv_device_info(daemon->device)->kind == SKV_DEVICE_CUDA; /* to open */
     if (kept->life >= 0)
         say(kept, KEEPER_LIFE, 0, 0, &kept->life, 1, 0);
     close_fd(&kept->life);
+    if (kept->holds && (standby == STANDBY_ON || (standby == STANDBY_AUTO && slow)))
+        say(kept, KEEPER_STANDBY, 0, 0, NULL, 0, 0);
     kept->watch = (struct watch){.done = on_keeper, .context = daemon};
     if (kept->socket >= 0)
-        loop_poll(daemon->loop, &kept->watch, kept->socket, POLLIN | POLLRDHUP);
+        await_keeper(daemon);
     for (uint32_t i = 0; i < kept->worker_count; i++) {
         kept->workers[i].death = (struct watch){.done = on_death, .context = &kept->workers[i]};
         loop_poll(daemon->loop, &kept->workers[i].death, kept->workers[i].pidfd, POLLIN);
@@ -517,7 +579,7 @@ static void settle(struct daemon *daemon, struct kept_worker *worker)
         return;
     skv_cache_settle(daemon->cache);
     skv_info("the earlier daemon's workers have reattached or are gone, %llu ms after the start",
-             (unsigned long long)((daemon->now_ns - daemon->started_ns) / 1000000));
+             (unsigned long long)((daemon->now_ns - daemon->free_ns) / 1000000));
 }
 
 void skv_kept_drained(struct daemon *daemon, uint64_t session, pid_t pid)

@@ -41,13 +41,15 @@ struct kept {
 
 /* At the start, in this order. open: finds the keeper, while there are few descriptors yet. take:
  * waits until the daemon of before is gone, takes what the keeper holds, and drops what does not
- * fit the options. take_pool: the pool of before; SKV_ENOENT: there is none, make one. */
+ * fit the options; the device is being opened meanwhile (device_bell), and where that fails while
+ * it waits, so does this. take_pool: the pool of before; SKV_ENOENT: there is none, make one;
+ * else end, for another daemon to take it. */
 int skv_kept_open(struct daemon *daemon);
 int skv_kept_take(struct daemon *daemon);
 int skv_kept_take_pool(struct daemon *daemon);
 /* The pool and the table (writable `table_fd`) are made: hands them to the keeper. */
 void skv_kept_hand_over(struct daemon *daemon, int table_fd);
-/* Everything is open: watches keeper and workers. */
+/* Everything is open: watches keeper and workers, and has the next daemon started (--standby). */
 void skv_kept_watch(struct daemon *daemon);
 void skv_kept_close(struct daemon *daemon);
 

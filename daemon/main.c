@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -144,8 +145,9 @@ static int make_pool(struct daemon *daemon)
 {
     struct options *o = &daemon->options;
     const struct skv_device_info *device = skv_device_info(daemon->device);
-    if (skv_kept_take_pool(daemon) == SKV_OK)
-        return SKV_OK;
+    int taken = skv_kept_take_pool(daemon);
+    if (taken != SKV_ENOENT)
+        return taken;
     if (device->kind == SKV_DEVICE_HOST && o->pool_bytes > device->total_bytes) {
         skv_error("--pool-bytes %llu is more than this machine's memory (%llu)",
                   (unsigned long long)o->pool_bytes, (unsigned long long)device->total_bytes);
@@ -190,16 +192,25 @@ static int claim_all(struct daemon *daemon)
 {
     int status = skv_kept_take(daemon);
     daemon->free_ns = skv_now_ns();
+    daemon->session_ids = daemon->free_ns; /* never an id of an earlier daemon */
     daemon->start_by_ns = daemon->free_ns + (uint64_t)daemon->options.start_wait_ms * 1000000;
     if (!status)
         status = claim(daemon->options.socket, daemon->start_by_ns);
     return status ? status : claim_store(daemon);
 }
 
-static void *open_device(void *context)
+static void open_device(struct daemon *daemon)
+{
+    daemon->device_ns[0] = skv_now_ns();
+    daemon->device_status = skv_device_open(daemon->options.device, &daemon->device);
+    daemon->device_ns[1] = skv_now_ns();
+}
+
+static void *open_device_meanwhile(void *context)
 {
     struct daemon *daemon = context;
-    daemon->device_status = skv_device_open(daemon->options.device, &daemon->device);
+    open_device(daemon);
+    eventfd_write(daemon->device_bell, 1);
     return NULL;
 }
 
@@ -208,20 +219,24 @@ static void *open_device(void *context)
 static int claim_all_and_open_device(struct daemon *daemon)
 {
     pthread_t opener;
-    int error = pthread_create(&opener, NULL, open_device, daemon);
+    daemon->device_bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int error = pthread_create(&opener, NULL, open_device_meanwhile, daemon);
     if (error) {
         skv_error("starting a thread for the device: %s", strerror(error));
         return SKV_ENOMEM;
     }
     int status = claim_all(daemon);
     pthread_join(opener, NULL);
+    close(daemon->device_bell);
     if (status)
         return status;
     while (daemon->device_status == SKV_ENOMEM && worth_waiting(daemon->start_by_ns, "memory"))
         open_device(daemon);
-    skv_debug("given what is kept %llu ms after the start, the device open after %llu ms",
-              (unsigned long long)((daemon->free_ns - daemon->started_ns) / 1000000),
-              (unsigned long long)((skv_now_ns() - daemon->started_ns) / 1000000));
+    const uint64_t *ns = daemon->device_ns;
+    skv_debug(
+        "the device was open after %llu ms, %llu ms after the daemon of before was gone",
+        (unsigned long long)((ns[1] - ns[0]) / 1000000),
+        (unsigned long long)(ns[1] > daemon->free_ns ? (ns[1] - daemon->free_ns) / 1000000 : 0));
     return daemon->device_status;
 }
 
@@ -366,8 +381,7 @@ int main(int argc, char **argv)
     daemon.signals = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
     if (daemon.signals < 0) /* it could not be stopped in order */
         skv_error("signalfd: %s; raise the limit of open files", strerror(errno));
-    daemon.started_ns = daemon.now_ns = skv_now_ns();
-    daemon.session_ids = daemon.now_ns; /* never an id of an earlier daemon */
+    daemon.now_ns = skv_now_ns();
     skv_peers_init(&daemon);
     int status = daemon.signals < 0 ? SKV_EIO : open_all(&daemon);
     if (status < 0) {

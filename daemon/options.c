@@ -51,6 +51,9 @@ static const char help[] =
     "  --spin-us US         spin this long before sleeping (default 50; 0 on fewer than 4 cores)\n"
     "  --start-wait MS      wait this long for memory that an earlier daemon still holds\n"
     "                       (default 5000)\n"
+    "  --standby WHEN       under sidekv-keeper: start the next daemon as soon as this one serves; "
+    "it\n"
+    "                       opens its device and waits. on, off, or auto (default): on with a GPU\n"
     "  --max-users N        users known at one time (default 16777216)\n"
     "  --epoll              do not use io_uring\n"
     "  --help, --version\n"
@@ -78,6 +81,7 @@ enum {
     OPT_LEASE,
     OPT_SPIN,
     OPT_START_WAIT,
+    OPT_STANDBY,
     OPT_MAX_USERS,
     OPT_EPOLL,
     OPT_HELP,
@@ -104,6 +108,7 @@ static const struct option table[] = {
     {"lease-ms", required_argument, NULL, OPT_LEASE},
     {"spin-us", required_argument, NULL, OPT_SPIN},
     {"start-wait", required_argument, NULL, OPT_START_WAIT},
+    {"standby", required_argument, NULL, OPT_STANDBY},
     {"max-users", required_argument, NULL, OPT_MAX_USERS},
     {"epoll", no_argument, NULL, OPT_EPOLL},
     {"help", no_argument, NULL, OPT_HELP},
@@ -185,7 +190,8 @@ static uint64_t *size(struct options *o, int option)
 /* false: the value is not one of its option. */
 static bool take(struct options *o, int option, const char *value)
 {
-    static const char *const exports[] = {"fd", "ipc"}, *const levels[] = {"process", "power"};
+    static const char *const exports[] = {"fd", "ipc"}, *const levels[] = {"process", "power"},
+                             *const standbys[] = {"auto", "on", "off"};
     if (plain(o, option) || size(o, option)) {
         int64_t n = number(value, size(o, option) != NULL);
         if (n < 0 || (plain(o, option) && n > UINT32_MAX))
@@ -219,6 +225,9 @@ static bool take(struct options *o, int option, const char *value)
         return picked >= 0;
     case OPT_DURABILITY:
         o->durability = (enum skv_durability)(picked = choice(value, levels, 2));
+        return picked >= 0;
+    case OPT_STANDBY:
+        o->standby = (enum standby)(picked = choice(value, standbys, 3));
         return picked >= 0;
     case OPT_PROTECT:
         return o->protect = true;

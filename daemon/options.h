@@ -5,6 +5,9 @@
 #include "device.h"
 #include "store.h"
 
+/* May the next daemon wait beside this one? auto: where opening a device takes long. */
+enum standby { STANDBY_AUTO, STANDBY_ON, STANDBY_OFF };
+
 struct options {
     const char *socket;
     const char *store; /* NULL: none */
@@ -12,6 +15,7 @@ struct options {
     struct skv_geometry geometry;
     enum skv_export export;
     enum skv_durability durability;
+    enum standby standby;
     uint64_t pool_bytes, store_bytes, pin_bytes, staging_bytes; /* 0: by the machine */
     uint32_t tail_ms, spin_us, lease_ms, start_wait_ms;
     uint32_t max_users;

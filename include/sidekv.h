@@ -333,7 +333,8 @@ int skv_list(struct skv *skv, uint64_t *cursor, struct skv_user_info *infos, uin
     X(fenced_leases, "leases ended by fencing")                                                    \
     X(mps, "1 when the daemon runs under MPS")                                                     \
     X(mps_workers, "live sessions of workers under MPS, now")                                      \
-    X(store_awaited, "1 while a restarted daemon's store is being checked: pool hits only")
+    X(store_awaited, "1 while a restarted daemon's store is being checked: pool hits only")        \
+    X(standby, "1 while the next daemon waits beside this one, its device open")
 
 struct skv_stats {
 #define X(name, text) uint64_t name;

@@ -76,6 +76,7 @@ static _Noreturn void run_child(const struct skv_store *store, pid_t parent)
     for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
         signal(fatal[i], SIG_DFL);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    prctl(PR_SET_NAME, "skv-check");
     if (getppid() != parent)
         _exit(1);
     setrlimit(RLIMIT_CORE, &(struct rlimit){0});

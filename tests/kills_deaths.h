@@ -210,6 +210,10 @@ static void kill_daemon(enum line what)
     } else {
         rest(chance(20000));
     }
+    if (kept && !chance(4)) {
+        kill_standby();
+        rest(chance(2) * chance(5000));
+    }
     bool early = kept && chance(3);
     if (early)
         hold_checks(true);

@@ -67,7 +67,7 @@ static void mps_end_all(void)
 {
     uint64_t until = skv_now_ns() + MPS_END_MS * UINT64_C(1000000);
     char text[512];
-    while (children(text, sizeof text) && skv_now_ns() < until) {
+    while (children(getpid(), text, sizeof text) && skv_now_ns() < until) {
         for (char *at = text; *at; at += strspn(at, " \n"))
             kill((pid_t)strtol(at, &at, 10), SIGKILL);
         while (waitpid(-1, NULL, WNOHANG) > 0)

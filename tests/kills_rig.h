@@ -348,9 +348,16 @@ static void quiet(void)
 
 static void start(void)
 {
-    /* Tails unstored for long in one rig, hardly ever in the other. */
-    const char *const options[] = {"--pool-bytes",           POOL, "--lease-ms", "30", "--tail-ms",
-                                   board->rig ? "100" : "2", NULL};
+    /* Tails unstored for long in one rig, hardly ever in the other; and one has a standby. */
+    const char *const options[] = {"--pool-bytes",
+                                   POOL,
+                                   "--lease-ms",
+                                   "30",
+                                   "--tail-ms",
+                                   board->rig ? "100" : "2",
+                                   "--standby",
+                                   board->rig ? "on" : "off",
+                                   NULL};
     char program[512], *end_of;
     ssize_t length = readlink("/proc/self/exe", program, sizeof program - 32);
     program[length > 0 ? length : 0] = 0;
@@ -413,11 +420,11 @@ static void forget_unstored(void)
     }
 }
 
-/* The pids of this process' children, as text. Are there any? */
-static bool children(char *text, size_t size)
+/* The pids of a process' children, as text. Are there any? */
+static bool children(pid_t parent, char *text, size_t size)
 {
     char path[64];
-    snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)parent, (int)parent);
     FILE *file = fopen(path, "re");
     if (!file || !fgets(text, (int)size, file))
         text[0] = 0;
@@ -430,7 +437,7 @@ static bool children(char *text, size_t size)
 static void end_orphans(int signal)
 {
     char text[512];
-    children(text, sizeof text);
+    children(getpid(), text, sizeof text);
     for (char *at = text; *at;) {
         pid_t pid = (pid_t)strtol(at, &at, 10);
         bool ours = pid <= 0;
@@ -439,6 +446,20 @@ static void end_orphans(int signal)
         if (!ours && !kill(pid, signal))
             waitpid(pid, NULL, 0);
         at += strspn(at, " \n");
+    }
+}
+
+/* Kills whoever waits beside the daemon, if somebody does. */
+static void kill_standby(void)
+{
+    char text[512];
+    children(rig.daemon, text, sizeof text);
+    for (char *at = text, *end; *at; at = end + strspn(end, " \n")) {
+        pid_t pid = (pid_t)strtol(at, &end, 10);
+        if (end == at)
+            break;
+        if (pid != (pid_t)daemon_pid)
+            kill(pid, SIGKILL);
     }
 }
 

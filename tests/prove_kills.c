@@ -6,7 +6,8 @@
  * workers. Full counts, over both: 5,000 workers killed and 500 stopped beyond --lease-ms, 1,000
  * daemons, 200 keepers. A rig goes through four acts: workers die, under one daemon whose fds and
  * memory are as before at the end; daemons die under the keeper; keepers die, and the next one
- * starts from the store; daemons without a keeper die.
+ * starts from the store; daemons without a keeper die. In one rig of the two a standby waits beside
+ * the daemon, and is killed with it or just before, one time in four.
  *
  * On a GPU (--device cuda, or PROVE_DEVICE=cuda) every process makes a context first, and kills are
  * fewer, at least 200 of each kind: three workers a rig, and all users are compared after each

@@ -26,6 +26,7 @@ static const struct skv_geometry tiny = {
 static struct rig rig;
 static struct skv *skv;
 static uint64_t tokens[200];
+static const char *standby = "off"; /* --standby of the keepers to come */
 
 static struct {
     int socket;
@@ -140,7 +141,8 @@ static void start_keeper(void)
         prctl(PR_SET_PDEATHSIG, SIGTERM);
         give_fds();
         execl(program, program, "--socket", rig.socket, "--store", rig.store, "--device", "host",
-              "--pool-bytes", "80M", "--store-bytes", "256M", "--tail-ms", "0", NULL);
+              "--pool-bytes", "80M", "--store-bytes", "256M", "--tail-ms", "0", "--standby",
+              standby, NULL);
         _exit(127);
     }
     pthread_mutex_unlock(&manager.lock);
@@ -295,6 +297,47 @@ Test(fdstore, a_keeper_killed_while_the_next_daemon_waits)
     let_die(daemon);
     expect_all_there();
     expect_all_held();
+}
+
+/* It ends by itself, or is held up and cannot: no keeper cares. */
+Test(fdstore, a_standby_of_a_dead_keeper_is_in_nobodys_way)
+{
+    rig_stop(&rig, SIGKILL);
+    standby = "on";
+    start_keeper();
+    expect_all_there();
+    for (int round = 0; round < 6; round++) {
+        struct skv_stats stats = {0};
+        pid_t daemon = (pid_t)skv_server(skv)->pid, pids[4];
+        for (int i = 0; i < 20000 && !stats.standby; i++, usleep(1000))
+            cr_assert_eq(skv_stats(skv, &stats), 0);
+        cr_assert_eq(children(rig.daemon, pids), 2);
+        pid_t waiting = pids[pids[0] == daemon];
+        bool held_up = round % 2, ends_first = round == 4;
+        struct pollfd end = {.fd = (int)syscall(SYS_pidfd_open, waiting, 0), .events = POLLIN};
+        expect_all_held();
+        if (held_up) {
+            if (ptrace(PTRACE_SEIZE, waiting, NULL, 0))
+                cr_skip_test("no ptrace() here");
+            cr_assert_eq(ptrace(PTRACE_INTERRUPT, waiting, NULL, 0), 0);
+            cr_assert_eq(waitpid(waiting, NULL, __WALL), waiting);
+        }
+        if (round / 2 == 1)
+            kill(daemon, SIGKILL);
+        rig_stop(&rig, SIGKILL);
+        if (ends_first)
+            cr_expect_eq(poll(&end, 1, 20000), 1, "it waits on, for nobody");
+        start_keeper();
+        expect_all_there();
+        expect_all_held();
+        if (held_up) {
+            cr_expect_eq(poll(&end, 1, 0), 0);
+            cr_assert_eq(ptrace(PTRACE_DETACH, waiting, NULL, 0), 0);
+        }
+        cr_expect_eq(poll(&end, 1, 20000), 1, "it waits on, for nobody");
+        close(end.fd);
+        cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
+    }
 }
 
 Test(fdstore, a_daemon_that_outlives_its_keeper_is_ended_by_the_next)

@@ -7,6 +7,9 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 
 #include "clock.h"
 #include "daemon_rig.h"
@@ -24,6 +27,7 @@ static struct rig rig;
 static struct skv *skv;
 static struct page_bytes bytes; /* of its pages */
 static bool protect;            /* RESTART_PROTECT: under sidekvd --protect */
+static const char *standby;     /* --standby */
 static uint64_t tokens[USERS][MOST];
 
 /* What a worker knows of a user: committed, and the end of a commit whose answer was lost. */
@@ -40,6 +44,7 @@ static void set_up(void)
     setenv("SIDEKV_TEST_NO_PAUSE", "1", 1);
     setenv("SIDEKV_LOG", "error", 0);
     protect = getenv("RESTART_PROTECT") != NULL;
+    standby = "off";
     memset(known, 0, sizeof known);
     for (uint32_t u = 0; u < USERS; u++)
         for (uint32_t i = 0; i < MOST; i++)
@@ -81,10 +86,10 @@ static int connect_worker(struct skv **out, struct page_bytes *to)
 static void start(void)
 {
     /* Protected, a worker's extents are common after a restart, and it takes others: more pool. */
-    static const char *const options[][6] = {
-        {"--pool-bytes", "16M", "--tail-ms", "0", NULL},
-        {"--pool-bytes", "512M", "--tail-ms", "0", "--protect", NULL}};
-    rig_start(&rig, options[protect]);
+    const char *const options[] = {
+        "--pool-bytes", protect ? "512M" : "16M",     "--tail-ms", "0", "--standby",
+        standby,        protect ? "--protect" : NULL, NULL};
+    rig_start(&rig, options);
     cr_assert_eq(connect_worker(&skv, &bytes), 0);
 }
 
@@ -226,16 +231,49 @@ static int compare(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-ON_EVERY_BACKEND(whoever_kills_the_daemon_the_pool_is_served_on)
+/* The one that waits beside the daemon, its device open; not `before`, which is on its way out. */
+static pid_t await_standby(pid_t before)
 {
-    stage(backend);
+    struct skv_stats stats;
+    pid_t pids[4] = {0}, daemon = (pid_t)skv_server(skv)->pid;
+    for (int i = 0; i < 20000; i++, poll(NULL, 0, 1)) {
+        cr_assert_eq(skv_stats(skv, &stats), 0);
+        uint32_t count = children(rig.daemon, pids);
+        pid_t other = pids[pids[0] == daemon];
+        if (stats.standby && count == 2 && other != before)
+            return other;
+    }
+    cr_assert_fail("nobody waits");
+    return 0;
+}
+
+struct times {
+    uint32_t count;
+    double *ms;
+};
+
+static void print_times(const char *what, struct times *times)
+{
+    qsort(times->ms, times->count, sizeof *times->ms, compare);
+    if (times->count)
+        printf("restart: %u kills%s; from kill to first pool hit p50 %.1f ms, most %.1f ms\n",
+               times->count, what, times->ms[times->count / 2], times->ms[times->count - 1]);
+    free(times->ms);
+}
+
+/* Under load. Where there is to be a standby, most kills come when it waits. */
+static void kill_again_and_again(void)
+{
     const char *given = getenv("RESTART_KILLS");
     uint32_t kills = given ? (uint32_t)atoi(given) : 50, seed = 1;
-    double *times = calloc(kills, sizeof *times);
+    bool has_standby = strcmp(standby, "on") == 0;
+    struct times at_once = {.ms = calloc(kills, sizeof(double))},
+                 later = {.ms = calloc(kills, sizeof(double))};
     start();
     void *base = skv_pool_base(skv);
     fill();
     for (uint32_t k = 0; k < kills; k++) {
+        pid_t next = has_standby && k % 4 < 3 ? await_standby(0) : 0;
         killer.victim = (pid_t)skv_server(skv)->pid;
         killer.after_us = (uint32_t)rand_r(&seed) % 30000;
         killer.done = 0;
@@ -257,25 +295,41 @@ ON_EVERY_BACKEND(whoever_kills_the_daemon_the_pool_is_served_on)
         pthread_join(killer.thread, NULL);
         for (int i = 0; i < 1000 && skv_server(skv)->pid == (uint32_t)killer.victim; i++)
             skv_ping(skv, NULL);
-        times[k] = check_all(killer.killed_ns);
+        struct times *times = next ? &at_once : &later;
+        times->ms[times->count++] = check_all(killer.killed_ns);
         cr_assert_eq(skv_pool_base(skv), base);
+        if (next)
+            cr_assert_eq(skv_server(skv)->pid, (uint32_t)next, "another one than waited");
     }
     cr_expect(nothing_leaks());
-    qsort(times, kills, sizeof *times, compare);
-    printf("restart: %u kills; from kill to first pool hit p50 %.1f ms, most %.1f ms\n", kills,
-           times[kills / 2], times[kills - 1]);
-    free(times);
+    print_times(" with a standby waiting", &at_once);
+    print_times(has_standby ? " before the standby waited" : " without a standby", &later);
+}
+
+ON_EVERY_BACKEND(whoever_kills_the_daemon_the_pool_is_served_on)
+{
+    stage(backend);
+    kill_again_and_again();
+}
+
+ON_EVERY_BACKEND(whoever_kills_the_daemon_the_standby_takes_over)
+{
+    stage(backend);
+    standby = "on";
+    kill_again_and_again();
 }
 
 ON_EVERY_BACKEND(a_planned_one_fails_no_request)
 {
     stage(backend);
+    standby = "on"; /* which is not to be the next one: it may be of another release */
     start();
     fill();
     struct skv_options options = {.admin = true, .timeout_ms = 20000};
     for (int round = 0; round < 5; round++) {
         struct skv *admin;
         uint32_t before = skv_server(skv)->pid;
+        pid_t waiting = round ? await_standby(0) : 0;
         cr_assert_eq(rig_connect(&rig, options, &admin), 0);
         cr_assert_eq(skv_restart(admin), 0);
         uint64_t begin = skv_now_ns();
@@ -285,6 +339,7 @@ ON_EVERY_BACKEND(a_planned_one_fails_no_request)
             cr_assert_eq(known[user].perhaps, 0, "a commit was lost");
         }
         cr_assert_neq(skv_server(skv)->pid, before);
+        cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
         skv_close(admin);
         printf("restart: planned, first request answered after %.1f ms\n", check_all(begin));
     }
@@ -694,17 +749,125 @@ ON_EVERY_BACKEND(killed_again_before_it_serves)
     cr_expect(nothing_leaks());
 }
 
+/* ---- a standby ---- */
+
+static int pidfd_of(pid_t pid)
+{
+    int fd = (int)syscall(SYS_pidfd_open, pid, 0);
+    cr_assert_geq(fd, 0);
+    return fd;
+}
+
+/* Whoever its parent is by now. */
+static bool ends(int pidfd)
+{
+    struct pollfd end = {.fd = pidfd, .events = POLLIN};
+    bool ended = poll(&end, 1, 20000) == 1;
+    close(pidfd);
+    return ended;
+}
+
+ON_EVERY_BACKEND(a_standby_that_dies_is_replaced_and_nobody_notices)
+{
+    stage(backend);
+    standby = "on";
+    start();
+    fill();
+    uint32_t daemon = skv_server(skv)->pid;
+    pid_t waiting = await_standby(0);
+    for (int round = 0; round < 4; round++) {
+        cr_expect_eq(memfds_of(waiting), 0, "it has something already");
+        kill(waiting, round % 2 ? SIGTERM : SIGKILL);
+        for (uint32_t u = 0; u < USERS; u++) {
+            serve(u, known[u].committed + 1);
+            cr_assert_eq(known[u].perhaps, 0, "a commit was lost");
+        }
+        waiting = await_standby(waiting);
+        cr_assert_eq(skv_server(skv)->pid, daemon);
+    }
+    kill((pid_t)daemon, SIGKILL);
+    await_new_daemon(daemon);
+    cr_expect_eq(skv_server(skv)->pid, (uint32_t)waiting);
+    check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+}
+
+ON_EVERY_BACKEND(killed_together_with_its_standby)
+{
+    stage(backend);
+    standby = "on";
+    start();
+    fill();
+    for (int round = 0; round < 6; round++) {
+        pid_t daemon = (pid_t)skv_server(skv)->pid, waiting = await_standby(0);
+        kill(round % 2 ? waiting : daemon, SIGKILL);
+        usleep(round / 2 * 500);
+        kill(round % 2 ? daemon : waiting, SIGKILL);
+        await_new_daemon((uint32_t)daemon);
+        cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
+        check_all(skv_now_ns());
+        await_store();
+        for (uint32_t u = 0; u < USERS; u += 5)
+            serve(u, known[u].committed + 1);
+    }
+    cr_expect(nothing_leaks());
+}
+
+ON_EVERY_BACKEND(a_keeper_told_to_end_leaves_no_standby)
+{
+    stage(backend);
+    standby = "on";
+    start();
+    fill();
+    pid_t waiting = await_standby(0);
+    int status;
+    kill(rig.daemon, SIGTERM);
+    cr_assert_eq(waitpid(rig.daemon, &status, 0), rig.daemon);
+    rig.daemon = 0;
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    cr_expect(kill(waiting, 0) != 0, "it was left behind");
+}
+
+/* As a device may, that fails while nobody uses it. The host's: there is no address space left. */
+Test(restart, a_standby_that_cannot_take_the_pool_leaves_it_to_another)
+{
+    struct backend host = {"host"};
+    char path[64];
+    unsigned long long pages = 0;
+    stage(&host);
+    standby = "on";
+    start();
+    fill();
+    uint32_t before = skv_server(skv)->pid;
+    pid_t waiting = await_standby(0);
+    poll(NULL, 0, 1100); /* beyond DEVICE_OLD_NS */
+    snprintf(path, sizeof path, "/proc/%d/statm", (int)waiting);
+    FILE *file = fopen(path, "re");
+    cr_assert(file && fscanf(file, "%llu", &pages) == 1);
+    fclose(file);
+    struct rlimit limit = {.rlim_cur = pages * 4096 + (8u << 20), .rlim_max = RLIM_INFINITY};
+    cr_assert_eq(prlimit(waiting, RLIMIT_AS, &limit, NULL), 0);
+    kill((pid_t)before, SIGKILL);
+    await_new_daemon(before);
+    cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
+    check_all(skv_now_ns());
+    cr_expect(nothing_leaks());
+}
+
 /* ---- the keeper ---- */
 
 ON_EVERY_BACKEND(without_its_keeper_the_daemon_goes_on)
 {
     stage(backend);
+    standby = "on";
     start();
     fill();
     pid_t daemon = (pid_t)skv_server(skv)->pid;
+    int waiting = pidfd_of(await_standby(0));
     kill(rig.daemon, SIGKILL);
     waitpid(rig.daemon, NULL, 0);
     rig.daemon = 0;
+    cr_expect(ends(waiting), "it waits on, for nobody");
     for (uint32_t u = 0; u < USERS; u++)
         serve(u, 140);
     check_all(skv_now_ns());
@@ -713,6 +876,9 @@ ON_EVERY_BACKEND(without_its_keeper_the_daemon_goes_on)
     cr_assert_eq(rig_connect(&rig, options, &admin), 0);
     cr_expect_eq(skv_restart(admin), SKV_ENOTSUP);
     skv_close(admin);
+    struct skv_stats stats;
+    cr_assert_eq(skv_stats(skv, &stats), 0);
+    cr_expect_eq(stats.standby, 0);
     kill(daemon, SIGKILL);
     while (!skv_lost(skv))
         poll(NULL, 0, 1);
@@ -787,4 +953,85 @@ ON_EVERY_BACKEND(another_geometry_starts_afresh)
     cr_assert_eq(skv_stats(skv, &stats), 0);
     cr_expect_eq(stats.pool_pages_free, stats.pool_pages);
     cr_expect_eq(stats.users_resident, 0);
+}
+
+/* Its device fails, say. */
+ON_EVERY_BACKEND(a_standby_that_cannot_be_started_harms_nobody)
+{
+    stage(backend);
+    char command[256], extra[128];
+    static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0",
+                                          "--standby",    "on",   NULL};
+    start_extensible(options, extra, sizeof extra);
+    uint32_t before = skv_server(skv)->pid;
+    struct skv_stats stats;
+    pid_t waiting = await_standby(0);
+    snprintf(command, sizeof command, "echo --device cuda:99 >%s", extra);
+    cr_assert_eq(system(command), 0);
+    kill(waiting, SIGKILL);
+    for (stats.standby = 1; stats.standby; poll(NULL, 0, 1)) /* till the keeper knows */
+        cr_assert_eq(skv_stats(skv, &stats), 0);
+    for (int i = 0; i < 300; i++, poll(NULL, 0, 1)) { /* others are started, and die */
+        uint32_t user = (uint32_t)i % USERS;
+        serve(user, known[user].committed < MOST ? known[user].committed + 1 : MOST);
+        cr_assert_eq(known[user].perhaps, 0, "a commit was lost");
+    }
+    cr_assert_eq(skv_stats(skv, &stats), 0);
+    cr_expect_eq(stats.standby, 0);
+    snprintf(command, sizeof command, ": >%s", extra);
+    cr_assert_eq(system(command), 0);
+    kill((pid_t)before, SIGKILL); /* in a pause, most likely */
+    await_new_daemon(before);
+    check_all(skv_now_ns());
+    await_standby(0);
+    cr_expect(nothing_leaks());
+}
+
+static bool runs_installed(const char *program)
+{
+    char path[64];
+    struct stat runs, installed;
+    snprintf(path, sizeof path, "/proc/%u/exe", skv_server(skv)->pid);
+    return stat(path, &runs) == 0 && stat(program, &installed) == 0 &&
+           runs.st_ino == installed.st_ino && runs.st_dev == installed.st_dev;
+}
+
+ON_EVERY_BACKEND(whoever_takes_over_is_the_program_that_is_installed)
+{
+    stage(backend);
+    char path[512], program[128], command[1200];
+    static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0",
+                                          "--standby",    "on",   NULL};
+    struct skv_options admins = {.admin = true, .timeout_ms = 20000};
+    rig_program(path, sizeof path); /* SIDEKVD: the keeper */
+    *strrchr(path, '/') = 0;
+    snprintf(program, sizeof program, "%s/sidekvd", rig.directory);
+    snprintf(command, sizeof command, "cp %s/sidekv-keeper %s/sidekvd %s", path, path,
+             rig.directory);
+    cr_assert_eq(system(command), 0);
+    snprintf(path, sizeof path, "%s/sidekv-keeper", rig.directory);
+    setenv("SIDEKVD", path, 1);
+    rig_start(&rig, options);
+    cr_assert_eq(connect_worker(&skv, &bytes), 0);
+    fill();
+    for (int round = 0; round < 3; round++) {
+        uint32_t before = skv_server(skv)->pid;
+        pid_t waiting = await_standby(0);
+        struct skv *admin;
+        snprintf(command, sizeof command, "cp %s %s.new && mv %s.new %s", program, program, program,
+                 program);
+        cr_assert_eq(system(command), 0);
+        cr_expect_not(runs_installed(program));
+        cr_assert_eq(rig_connect(&rig, admins, &admin), 0);
+        if (round == 1)
+            cr_assert_eq(skv_restart(admin), 0);
+        else
+            kill((pid_t)before, SIGKILL);
+        await_new_daemon(before);
+        skv_close(admin);
+        cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
+        cr_expect(runs_installed(program), "round %d", round);
+        cr_expect(kill(waiting, 0) != 0, "it was left behind");
+        check_all(skv_now_ns());
+    }
 }
