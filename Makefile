@@ -189,6 +189,7 @@ $(filter $(B)/tests/stress_%,$(TESTS)) $(PROVERS): $(B)/tests/%: $(O)/tests/%.c.
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
 # These die where a prover tells them to: common/failpoint.h.
+$(B)/tests/stress_cache_all: LDFLAGS += -Wl,--wrap=mmap,--wrap=munmap,--wrap=madvise
 FAIL_BINS := $(B)/tests/bin/sidekvd $(B)/tests/bin/sidekv-keeper
 $(FAIL_BINS) $(B)/tests/prove_kills: $(O)/tests/failpoint.c.o
 $(FUZZERS): $(B)/tests/%: $(O)/tests/%.c.o $(call obj,client/cli_log.c) $(CORE_A)
