@@ -296,7 +296,8 @@ static void report(const bool *finished)
         for (uint32_t p = 0; p < SKV_FAILPOINTS; p++)
             died[p] += tallies[r].died[p];
     }
-    print_times("a killed worker's leases are fenced", offsetof(struct tally, fence));
+    print_times("from a worker's kill to the fence, its teardown included",
+                offsetof(struct tally, fence));
     printf(
         "kills: %llu not seen fenced within 50 ms: the COMMIT was done, or the machine is slow\n",
         (unsigned long long)(tallies[0].unfenced + tallies[1].unfenced));
@@ -349,7 +350,8 @@ static int prove_mps(void)
            "harmed (lines above), of these %llu hung\n",
            (unsigned long long)t->done[UNDER_MPS], t->mps ? "was" : "was NOT",
            (unsigned long long)harmed, (unsigned long long)hung);
-    print_times("a killed worker's leases are fenced", offsetof(struct tally, fence));
+    print_times("from a worker's kill to the fence, its teardown included",
+                offsetof(struct tally, fence));
     prove_line(lines[UNDER_MPS].promise, lines[UNDER_MPS].what, t->done[UNDER_MPS], !t->mps);
     return prove_end();
 }
