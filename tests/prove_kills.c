@@ -84,13 +84,15 @@ static void act_workers(void)
         }
     }
     quiet();
+    uint64_t now_kib = private_kib((pid_t)daemon_pid);
+    printf("kills: rig %u: the daemon has %llu KiB of its own, had %llu\n", board->rig,
+           (unsigned long long)now_kib, (unsigned long long)kib);
     if (open_files((pid_t)daemon_pid) > files + pace->files ||
         open_files(rig.daemon) != keeper_files)
         wrong("%u files are open in the daemon, were %u; %u in the keeper, were %u",
               open_files((pid_t)daemon_pid), files, open_files(rig.daemon), keeper_files);
-    if (private_kib((pid_t)daemon_pid) > kib + GROWTH_KIB)
-        wrong("the daemon has %llu KiB of its own, had %llu",
-              (unsigned long long)private_kib((pid_t)daemon_pid), (unsigned long long)kib);
+    if (now_kib > kib + GROWTH_KIB)
+        wrong("the daemon has grown by more than %u KiB", GROWTH_KIB);
     end();
     go_on();
 }
@@ -176,6 +178,15 @@ static void act_mps(void)
     quiet();
 }
 
+/* What was freed is kept for a while under ASan: 4 MiB of it, not 256, which looks like a leak. */
+static void keep_little(void)
+{
+    const char *given = getenv("ASAN_OPTIONS");
+    char text[512];
+    snprintf(text, sizeof text, "%s:quarantine_size_mb=4", given ? given : "");
+    setenv("ASAN_OPTIONS", text, 1);
+}
+
 static void open_board(uint32_t which)
 {
     char path[128];
@@ -206,6 +217,7 @@ static void play(uint32_t which)
     memcpy(tally->directory, rig.directory, sizeof tally->directory);
     open_board(which);
     setenv("SIDEKV_TEST_NO_PAUSE", "1", 1);
+    keep_little();
     snprintf(hold, sizeof hold, "%s/hold", rig.directory);
     setenv("SIDEKV_TEST_CHECK", hold, 1);
     snprintf(path, sizeof path, "%s/log", rig.directory);
