@@ -259,7 +259,7 @@ test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel path
 SCALE ?= full
 # The longest first, so that none is left alone at the end.
 PROVED := $(addprefix build/host/tests/,$(notdir $(PROVERS))) $(wildcard tests/prove_*.sh)
-PROVED_FIRST := tests/prove_core.sh $(addprefix build/host/tests/prove_,store faults kills)
+PROVED_FIRST := $(addprefix build/host/tests/prove_,faults kills hostile)
 .PHONY: guarantees
 guarantees: host-provers fuzz-programs ## prove the promises of docs/guarantees.md: SCALE=full (most of an hour), or ci (a tenth)
 	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/guarantees.sh $(PROVED_FIRST) $(filter-out $(PROVED_FIRST),$(PROVED))
