@@ -1,12 +1,12 @@
 #!/bin/sh
 # Every figure of docs/benchmarks.md that this machine can give, one bench after the other, or those named.
-# usage: bench/run.sh BIN_DIRECTORY [PART...]   parts: control store start copy mover layers share block attention gemm torch replay protect
+# usage: bench/run.sh BIN_DIRECTORY [PART...]   parts: control hangup store start copy mover layers share block attention gemm torch replay protect
 #   SIDEKV_RATINGS: a MovieLens ratings.csv, for replay; BENCH_OUT: a directory for the tables as CSV (block.csv, torch.csv);
 #   BENCH_TIMEOUT: seconds a part may take (default 600)
 set -u
 bin=$1
 shift
-parts=${*:-control store start copy mover layers share block attention gemm torch replay protect}
+parts=${*:-control hangup store start copy mover layers share block attention gemm torch replay protect}
 cd "$(dirname "$0")/.."
 device=host
 gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader 2>/dev/null) && device=cuda || gpu="no GPU"
@@ -40,6 +40,7 @@ $1: SKIPPED, no GPU on this machine"
 for part in $parts; do
     case $part in
     control) run "$bin/bench_control" --sidekvd "$bin/sidekvd" ;;
+    hangup) run "$bin/bench_hangup" --sidekvd "$bin/sidekvd" ;;
     store) run "$bin/bench_store" ;;
     start) run "$bin/bench_start" --device $device --sidekvd "$bin/sidekvd" ;;
     copy) run "$bin/bench_copy" ;;

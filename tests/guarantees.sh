@@ -27,16 +27,12 @@ one() {
 }
 
 echo "guarantees: scale ${PROVE_SCALE:-1}, seed ${PROVE_SEED:-1}, $(date -u +%F), $cores cores of $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)"
-number=1000 alone=""
+number=1000
 for program in "$@"; do
     number=$((number + 1))
-    case $program in
-    */prove_cycles) alone=$program ;; # counts what is left in /dev/shm, where others have files
-    *) beside one $number "$program" ;;
-    esac
+    beside one $number "$program"
 done
 wait
-[ -z "$alone" ] || one 2000 "$alone"
 slowest
 cat "$work"/*.proved | sort -t '	' -k 2,2n -s | awk -F '\t' '
     BEGIN { printf "%-8s %-26s %-66s %9s %8s\n", "promise", "test", "what", "count", "failures" }

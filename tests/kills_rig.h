@@ -79,7 +79,7 @@ static struct tally { /* of a rig */
     uint64_t done[LINES], failed[LINES], died[SKV_FAILPOINTS], reached[SKV_FAILPOINTS];
     char directory[64];
     uint64_t looks, locked, short_hits, unfenced;
-    struct times fence, back;    /* hang-up to fence; daemon's death to the next answer */
+    struct times fence, back;    /* kill to fence; daemon's death to the next answer */
     struct times hit, store_hit; /* its death to the first pool hit; exec to the first store hit */
     bool mps;                    /* the daemon says that it runs under it */
     struct board load;

@@ -20,11 +20,13 @@ cppcheck --quiet --std=c11 --language=c --inline-suppr --error-exitcode=1 --enab
 }
 rm -f /tmp/sidekv-cpp.$$
 
+# The analyzer follows a third of the paths that it would: its default of 225,000 nodes a function doubles the linters' time.
 printf '%s\n' daemon/*.c client/skv_*.c | xargs -P2 -n4 clang-tidy --quiet \
     -checks='-*,bugprone-*,clang-analyzer-core.*,-clang-analyzer-core.NullDereference,-bugprone-easily-swappable-parameters,-bugprone-reserved-identifier,-bugprone-branch-clone,-bugprone-sizeof-expression,-bugprone-narrowing-conversions,-bugprone-assignment-in-if-condition,-bugprone-implicit-widening-of-multiplication-result' \
     --warnings-as-errors='*' \
     --extra-arg=-std=c17 --extra-arg=-D_GNU_SOURCE --extra-arg=-Iinclude --extra-arg=-Icommon --extra-arg=-Ikernels \
-    --extra-arg=-Istorage --extra-arg=-Idaemon --extra-arg=-Iclient >/tmp/sidekv-tidy.$$ 2>/dev/null || {
+    --extra-arg=-Istorage --extra-arg=-Idaemon --extra-arg=-Iclient \
+    --extra-arg=-Xclang --extra-arg=-analyzer-config --extra-arg=-Xclang --extra-arg=max-nodes=75000 >/tmp/sidekv-tidy.$$ 2>/dev/null || {
     bad=1
     grep -E 'error|warning' /tmp/sidekv-tidy.$$ | sort -u | head -40
 }

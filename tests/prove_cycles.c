@@ -2,6 +2,7 @@
  * once; half of them under a keeper. Then everything is back at the baseline (promise 7). Prints
  * what a cycle costs. */
 #include <sched.h>
+#include <sys/mount.h>
 
 #include "clock.h"
 #include "daemon_watch.h"
@@ -13,6 +14,7 @@
 #define CLIENTS 4u      /* at once */
 
 static const struct skv_id model = {.lo = 77};
+static bool counts_files;
 
 static bool batch(struct raw *raw, uint64_t user, bool commit)
 {
@@ -107,11 +109,18 @@ static uint64_t run(const struct rig *rig, uint64_t cycles)
     return failures;
 }
 
-/* The file names in /dev/shm. */
+/* Gives this process and its children a /dev/shm of their own, where nobody else has files. */
+static bool own_shared_files(void)
+{
+    return unshare(CLONE_NEWNS) == 0 && mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 &&
+           mount("tmpfs", "/dev/shm", "tmpfs", 0, NULL) == 0;
+}
+
+/* The file names in it. */
 static uint64_t shared_files(void)
 {
     uint64_t count = 0;
-    DIR *directory = opendir("/dev/shm");
+    DIR *directory = counts_files ? opendir("/dev/shm") : NULL;
     while (directory && readdir(directory))
         count++;
     if (directory)
@@ -166,6 +175,8 @@ int main(void)
 {
     uint64_t cycles = prove_times(CYCLES), failures = 0;
     setenv("SIDEKV_LOG", "error", 0);
+    if (!(counts_files = own_shared_files()))
+        printf("files in /dev/shm are not counted: it takes root to have one's own\n");
     failures += cycles_of(false, false, cycles / 2);
     failures += cycles_of(false, true, cycles / 4);
     prove_line(7, "connect cycles leave no fd, map, memory, page or session", cycles / 4 * 3,

@@ -21,6 +21,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -37,6 +38,7 @@
 #define BATCH      4u
 #define ROUNDS     9u
 #define SESSIONS   24u   /* of the worker whose library is under the shim */
+#define AFTER      4u    /* of these at most after the failed call */
 #define LASTING    10u   /* times each condition */
 #define CALLS      1500u /* of a class, at most */
 #define TRIES      200u  /* of what one fault may refuse: the store is tried again every second */
@@ -454,14 +456,20 @@ static void one_run(struct run *run)
 /* In a worker under the shim: sessions that come and go. */
 static int client(const char *directory)
 {
-    static struct fault_control control;
-    struct run *run = &(struct run){.control = &control, .count = USERS};
+    /* As the shim does: these calls have no number. */
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, getenv(FAULTS_VARIABLE), O_RDWR | O_CLOEXEC);
+    struct fault_control *control =
+        (void *)syscall(SYS_mmap, NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    struct run *run = &(struct run){.control = control, .count = USERS};
+    if (control == MAP_FAILED)
+        return 1;
+    close(fd);
     snprintf(run->directory, sizeof run->directory, "%s", directory);
     snprintf(run->socket, sizeof run->socket, "%s/socket", directory);
     snprintf(run->log, sizeof run->log, "%s/log", directory);
     for (uint32_t i = 0; i < USERS; i++)
         run->users[i].history = 40 + 13 * i;
-    for (uint32_t session = 0; session < SESSIONS; session++) {
+    for (uint32_t session = 0, after = 0; session < SESSIONS && after < AFTER; session++) {
         struct skv_stats stats;
         reach(run, false, &run->skv, true);
         reach(run, true, &run->admin, true);
@@ -470,6 +478,7 @@ static int client(const char *directory)
         UNTIL_DONE(run->admin, "STATS", skv_stats(run->admin, &stats));
         skv_close(run->admin);
         skv_close(run->skv);
+        after += control->failed > 0;
     }
     return 0;
 }

@@ -85,13 +85,15 @@ static void act_workers(void)
         }
     }
     quiet();
+    uint64_t now_kib = private_kib((pid_t)daemon_pid);
+    printf("kills: rig %u: the daemon has %llu KiB of its own, had %llu\n", board->rig,
+           (unsigned long long)now_kib, (unsigned long long)kib);
     if (open_files((pid_t)daemon_pid) > files + pace->files ||
         open_files(rig.daemon) != keeper_files)
         wrong("%u files are open in the daemon, were %u; %u in the keeper, were %u",
               open_files((pid_t)daemon_pid), files, open_files(rig.daemon), keeper_files);
-    if (private_kib((pid_t)daemon_pid) > kib + GROWTH_KIB)
-        wrong("the daemon has %llu KiB of its own, had %llu",
-              (unsigned long long)private_kib((pid_t)daemon_pid), (unsigned long long)kib);
+    if (now_kib > kib + GROWTH_KIB)
+        wrong("the daemon has grown by more than %u KiB", GROWTH_KIB);
     end();
     go_on();
 }
@@ -177,6 +179,15 @@ static void act_mps(void)
     quiet();
 }
 
+/* What was freed is kept for a while under ASan: 4 MiB of it, not 256, which looks like a leak. */
+static void keep_little(void)
+{
+    const char *given = getenv("ASAN_OPTIONS");
+    char text[512];
+    snprintf(text, sizeof text, "%s:quarantine_size_mb=4", given ? given : "");
+    setenv("ASAN_OPTIONS", text, 1);
+}
+
 static void open_board(uint32_t which)
 {
     char path[128];
@@ -207,6 +218,7 @@ static void play(uint32_t which)
     memcpy(tally->directory, rig.directory, sizeof tally->directory);
     open_board(which);
     setenv("SIDEKV_TEST_NO_PAUSE", "1", 1);
+    keep_little();
     snprintf(hold, sizeof hold, "%s/hold", rig.directory);
     setenv("SIDEKV_TEST_CHECK", hold, 1);
     snprintf(path, sizeof path, "%s/log", rig.directory);
@@ -297,7 +309,8 @@ static void report(const bool *finished)
         for (uint32_t p = 0; p < SKV_FAILPOINTS; p++)
             died[p] += tallies[r].died[p];
     }
-    print_times("a killed worker's leases are fenced", offsetof(struct tally, fence));
+    print_times("from a worker's kill to the fence, its teardown included",
+                offsetof(struct tally, fence));
     printf(
         "kills: %llu not seen fenced within 50 ms: the COMMIT was done, or the machine is slow\n",
         (unsigned long long)(tallies[0].unfenced + tallies[1].unfenced));
@@ -350,7 +363,8 @@ static int prove_mps(void)
            "harmed (lines above), of these %llu hung\n",
            (unsigned long long)t->done[UNDER_MPS], t->mps ? "was" : "was NOT",
            (unsigned long long)harmed, (unsigned long long)hung);
-    print_times("a killed worker's leases are fenced", offsetof(struct tally, fence));
+    print_times("from a worker's kill to the fence, its teardown included",
+                offsetof(struct tally, fence));
     prove_line(lines[UNDER_MPS].promise, lines[UNDER_MPS].what, t->done[UNDER_MPS], !t->mps);
     return prove_end();
 }

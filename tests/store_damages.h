@@ -162,6 +162,15 @@ static inline void find_tree(struct image *image, uint64_t root)
     }
 }
 
+/* Shared: a child is forked for each damage, and need not copy it. */
+static inline uint8_t *image_memory(uint64_t bytes)
+{
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        die("no memory");
+    return memory;
+}
+
 static inline struct image read_image(const char *directory)
 {
     struct image image = {0};
@@ -177,7 +186,7 @@ static inline struct image read_image(const char *directory)
     while (used > 8 && *(uint64_t *)(void *)(map + used - 8) == 0)
         used -= 8;
     image.bytes = ((uint64_t)used + 4095) & ~UINT64_C(4095);
-    image.data = malloc(image.bytes);
+    image.data = image_memory(image.bytes);
     memcpy(image.data, map, image.bytes);
     munmap(map, (size_t)bytes);
     close(fd);
@@ -271,8 +280,8 @@ static inline void make_golden(const char *directory, uint64_t seed, bool killed
 
 static inline void drop_golden(struct golden *g)
 {
-    free(g->now.data);
-    free(g->earlier.data);
+    munmap(g->now.data, g->now.bytes);
+    munmap(g->earlier.data, g->earlier.bytes);
 }
 
 /* ---- damages ---- */
@@ -467,11 +476,14 @@ static inline void damage_state(int kind, const char *directory, const struct im
 static inline void make_damaged(int kind, const char *directory, const struct golden *g,
                                 const struct golden *other, uint64_t *random)
 {
+    static uint8_t *scratch;
     char path[160];
     struct image image = g->now;
     uint64_t size = MAP_BYTES;
     clear(directory);
-    image.data = malloc(MAP_BYTES);
+    if (!scratch)
+        scratch = image_memory(MAP_BYTES);
+    image.data = scratch;
     memcpy(image.data, g->now.data, image.bytes);
     if (kind == DAMAGE_STALE_ALL) {
         image.bytes = g->earlier.bytes;
@@ -493,7 +505,6 @@ static inline void make_damaged(int kind, const char *directory, const struct go
     }
     write_file(directory, "data.mdb", image.data, image.bytes < size ? image.bytes : size, size);
     write_file(directory, "sidekv.store", image.state, sizeof image.state, sizeof image.state);
-    free(image.data);
     store_path(path, sizeof path, directory, kind == DAMAGE_MISSING ? "data.mdb" : "sidekv.store");
     if ((kind == DAMAGE_MISSING && draw(random, 2)) || kind == DAMAGE_STATE_MISSING)
         unlink(path);
@@ -503,20 +514,25 @@ static inline void make_damaged(int kind, const char *directory, const struct go
         damage_state(kind, directory, &g->now, random);
 }
 
-/* Of every byte in the directory, names included. */
+/* Of every byte in the directory, names included, and of where files have holes. */
 static inline uint64_t digest(const char *directory)
 {
     static const char *const names[] = {"data.mdb", "lock.mdb", "sidekv.store"};
+    static uint8_t bytes[1 << 16];
     uint64_t sum = 0;
     for (int i = 0; i < 3; i++) {
         char path[160];
         store_path(path, sizeof path, directory, names[i]);
         int fd = open(path, O_RDONLY);
-        off_t bytes = fd < 0 ? 0 : lseek(fd, 0, SEEK_END);
-        void *map = bytes > 0 ? mmap(NULL, (size_t)bytes, PROT_READ, MAP_SHARED, fd, 0) : NULL;
-        sum = mix(sum + (fd < 0 ? 1 : 2) + (map ? skv_checksum(map, (size_t)bytes) : 0));
-        if (map)
-            munmap(map, (size_t)bytes);
+        sum = mix(sum + (fd < 0 ? 1 : 2 + (uint64_t)lseek(fd, 0, SEEK_END)));
+        for (off_t at = 0, end; fd >= 0 && (at = lseek(fd, at, SEEK_DATA)) >= 0; at = end) {
+            end = lseek(fd, at, SEEK_HOLE);
+            ssize_t got = pread(fd, bytes, sizeof bytes, at);
+            if (got <= 0)
+                die(path);
+            end = at + got < end ? at + got : end;
+            sum = mix(sum + (uint64_t)at + skv_checksum(bytes, (size_t)(end - at)));
+        }
         if (fd >= 0)
             close(fd);
     }

@@ -1,8 +1,10 @@
 /* The cache core against the simulated world of cache_workers.h: every sequence of a few operations
- * over three users and two clients, from three beginnings.
+ * over three users and two clients, from three beginnings. stress_cache's worlds map their memory;
+ * these keep it (kept_maps.h).
  *
  * usage: stress_cache_all [LENGTH]     2 when left out; 4: some minutes */
 #include "cache_restarts.h"
+#include "kept_maps.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -195,6 +197,7 @@ static void run_from(uint32_t start, uint32_t length, uint32_t letters, uint64_t
         check_table();
         check_quiet();
         world_cache_close();
+        CHECK(!kept_mapped);
     }
 }
 
