@@ -350,6 +350,22 @@ static uint64_t finish(const struct lengths *l, uint32_t workers, uint64_t limit
     return (uint64_t)end << shift;
 }
 
+/* When a graph full of such sequences ends, with what its planes take; UINT64_MAX: not before
+ * `limit`. *hopeless: nor would it with shorter slices, which only add to the sum of all units and
+ * to the planes. */
+static uint64_t time_cutting(const struct shape *s, struct cutting cutting, uint32_t copies,
+                             uint32_t workers, uint64_t limit, bool *hopeless)
+{
+    struct lengths l = {.longest = 0};
+    uint64_t planes = count_sequence(s, cutting, s->heads, &l);
+    planes = planes * copies * s->heads / TICK_ROWS;
+    count_last_single(&l);
+    copy_units(&l, copies);
+    *hopeless = l.ticks / workers + planes >= limit;
+    uint64_t time = *hopeless ? UINT64_MAX : finish(&l, workers, limit - planes);
+    return time < limit - planes ? time + planes : UINT64_MAX;
+}
+
 /* How to cut a sequence. */
 static struct cutting choose_cutting(const struct shape *s, uint32_t graph_rows, uint32_t workers,
                                      uint32_t max_slices)
@@ -358,30 +374,22 @@ static struct cutting choose_cutting(const struct shape *s, uint32_t graph_rows,
     uint32_t longest = max_u32(last.history_steps, 1), copies = graph_rows / s->rows;
     struct cutting best = {longest, false};
     uint64_t best_time = UINT64_MAX;
-    struct lengths l = {.longest = 0};
     /* Slices of the portable path begin at multiples of its key step. */
-    bool may_part = s->unit_items == 2 && max_slices >= PARTED_SLICES && s->history > 0 &&
-                    last.end > s->history;
-    for (uint32_t apart = 0; apart <= may_part; apart++) {
-        uint32_t least = divide_up(longest, max_slices - apart);
-        for (uint32_t target = longest; target >= least && (longest > least || apart);
+    uint32_t ways =
+        s->unit_items == 2 && max_slices >= PARTED_SLICES && s->history > 0 && last.end > s->history
+            ? 2
+            : 1;
+    for (uint32_t way = 0; way < ways; way++) {
+        uint32_t least = divide_up(longest, max_slices - way);
+        bool hopeless = longest == least && way == 0; /* nothing to choose */
+        /* With slices of its own for the rest, much longer ones than without are no gain. */
+        uint32_t from = min_u32(best.target + 1, longest);
+        for (uint32_t target = from; target >= least && !hopeless;
              target -= 1 + (target - 1) / FINE_STEPS) {
-            struct cutting cutting = {target, apart};
-            uint64_t reading = count_sequence(s, cutting, s->heads, &l);
-            reading = reading * copies * s->heads / TICK_ROWS;
-            count_last_single(&l);
-            copy_units(&l, copies);
-            bool hopeless = l.ticks / workers + reading >= best_time;
-            uint64_t time = hopeless ? UINT64_MAX : finish(&l, workers, best_time - reading);
-            if (!hopeless && time < best_time - reading) {
-                best_time = time + reading;
-                best = cutting;
-            }
-            memset(l.count, 0, (l.longest + 1) * sizeof *l.count);
-            l.longest = 0;
-            l.ticks = 0;
-            if (hopeless) /* shorter slices only add to the sum of units and to what is read */
-                break;
+            struct cutting cutting = {target, way == 1};
+            uint64_t time = time_cutting(s, cutting, copies, workers, best_time, &hopeless);
+            best = time < best_time ? cutting : best;
+            best_time = time < best_time ? time : best_time;
         }
     }
     return best;
