@@ -69,7 +69,8 @@ static int start_mover(const struct daemon *daemon, struct skv_store *store,
                                                        .store = store,
                                                        .pinner = pinner,
                                                        .durability = o->durability,
-                                                       .staging_bytes = o->staging_bytes},
+                                                       .staging_bytes = o->staging_bytes,
+                                                       .staging = daemon->staging},
                            mover);
 }
 

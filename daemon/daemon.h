@@ -81,7 +81,8 @@ struct request {
 struct daemon {
     struct options options;
     struct skv_device *device;
-    int device_status;     /* of opening it */
+    void *staging;         /* pinned, --staging-bytes of it; NULL: no store */
+    int device_status;     /* of opening both */
     int device_bell;       /* an eventfd: that has come to an end */
     uint64_t device_ns[2]; /* when it began and ended */
     struct skv_pool *pool;

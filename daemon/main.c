@@ -199,10 +199,16 @@ static int claim_all(struct daemon *daemon)
     return status ? status : claim_store(daemon);
 }
 
+/* And what takes long of it: pinned memory. A call that makes some holds up every other one. */
 static void open_device(struct daemon *daemon)
 {
+    const struct options *o = &daemon->options;
     daemon->device_ns[0] = skv_now_ns();
-    daemon->device_status = skv_device_open(daemon->options.device, &daemon->device);
+    int status = daemon->device ? SKV_OK : skv_device_open(o->device, &daemon->device);
+    if (!status && o->store)
+        status =
+            skv_pinned_alloc(daemon->device, options_staging(o, daemon->device), &daemon->staging);
+    daemon->device_status = status;
     daemon->device_ns[1] = skv_now_ns();
 }
 
@@ -353,6 +359,8 @@ static void close_all(struct daemon *daemon)
     skv_bell_fini(&daemon->arrival_bell);
     skv_cache_close(daemon->cache);
     skv_pool_close(daemon->pool);
+    if (daemon->device)
+        skv_pinned_free(daemon->device, daemon->staging);
     skv_device_close(daemon->device);
     loop_close(daemon->loop);
     skv_kept_close(daemon);

@@ -245,7 +245,8 @@ static void destroy(struct skv_mover *mover)
     source_close(mover);
     skv_reader_close(mover->lookup_reader);
     skv_reader_close(mover->writer.reader);
-    skv_pinned_free(mover->options.device, mover->out_memory);
+    if (!mover->options.staging)
+        skv_pinned_free(mover->options.device, mover->staging);
     skv_queue_fini(&mover->commands);
     skv_queue_fini(&mover->writes);
     skv_queue_fini(&mover->copy_events);
@@ -271,19 +272,23 @@ static int open_threads_wares(struct skv_mover *mover)
     return status ? status : skv_bell_init(&mover->loop_bell);
 }
 
-static int open_offload(struct skv_mover *mover)
+static int open_staging(struct skv_mover *mover)
+{
+    const struct skv_mover_options *options = &mover->options;
+    mover->staging = options->staging;
+    return mover->staging
+               ? 0
+               : skv_pinned_alloc(options->device, options->staging_bytes, &mover->staging);
+}
+
+static int open_offload(struct skv_mover *mover, uint8_t *memory, uint64_t bytes)
 {
     mover->out_slot_bytes = (mover->page_bytes + SKV_TRAILER_BYTES + 4095) & ~UINT64_C(4095);
-    uint64_t slots = mover->options.staging_bytes / 2 / mover->out_slot_bytes;
-    mover->out_slots = slots < 4 ? 4 : slots > UINT32_MAX / 2 ? UINT32_MAX / 2 : (uint32_t)slots;
-    void *memory;
-    int status =
-        skv_pinned_alloc(mover->options.device, mover->out_slots * mover->out_slot_bytes, &memory);
-    if (status == 0)
-        mover->out_memory = memory;
-    if (status == 0 && mover->options.pinner)
-        status = skv_reader_open(mover->options.store, &mover->writer.reader);
-    return status;
+    uint64_t slots = bytes / mover->out_slot_bytes;
+    assert(slots >= 4);
+    mover->out_slots = slots > UINT32_MAX / 2 ? UINT32_MAX / 2 : (uint32_t)slots;
+    mover->out_memory = memory;
+    return mover->options.pinner ? skv_reader_open(mover->options.store, &mover->writer.reader) : 0;
 }
 
 /* Signals are the daemon's business: the threads take none. */
@@ -341,8 +346,11 @@ static int open_all(struct skv_mover *mover)
     mover->map = skv_store_map(options->store, &mover->map_bytes);
     status = skv_reader_open(options->store, &mover->lookup_reader);
     if (status == 0)
-        status = source_open(mover, options->staging_bytes / 2);
-    return status ? status : open_offload(mover);
+        status = open_staging(mover);
+    uint64_t half = options->staging_bytes / 2 & ~UINT64_C(4095);
+    if (status == 0)
+        status = source_open(mover, mover->staging, half);
+    return status ? status : open_offload(mover, (uint8_t *)mover->staging + half, half);
 }
 
 int skv_mover_start(const struct skv_mover_options *options, struct skv_mover **out)

@@ -39,8 +39,8 @@ struct skv_mover_options {
     struct skv_geometry geometry;
     struct skv_store *store;   /* NULL: no store; offers only cancel and gates */
     struct skv_pinner *pinner; /* NULL: nothing is read in place */
-    uint64_t
-        staging_bytes; /* pinned: half for onboard, half for offload; at least four pages each */
+    uint64_t staging_bytes;    /* half for onboard, half for offload; at least four pages each */
+    void *staging;             /* so many bytes, pinned, the caller's; NULL: the mover's own */
     enum skv_durability durability; /* of the store: how much goes into one transaction */
 };
 

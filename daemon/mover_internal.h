@@ -119,6 +119,8 @@ struct skv_mover {
     struct skv_queue write_events; /* writer -> loop */
     struct skv_bell copy_bell, write_bell, loop_bell;
 
+    void *staging; /* options.staging_bytes, pinned: for onboard, then for offload */
+
     /* Offload staging: a ring of slots, taken by the loop and freed by the writer in one order. */
     uint8_t *out_memory;
     uint64_t out_slot_bytes;
@@ -139,7 +141,6 @@ struct skv_mover {
     uint64_t turns, visits;       /* counted */
     uint64_t awaited;             /* a gated job comes after all jobs up to this one */
     uint32_t gated;               /* live jobs with a gate row */
-    uint8_t *memory;              /* onboard staging */
     uint64_t slot_bytes;
     uint32_t slot_count, reads;
     struct slot *slots, *free_slot;
@@ -194,7 +195,7 @@ uint32_t copies_add(struct skv_mover *mover, uint32_t count, uint32_t page, cons
                     uint64_t from, uint64_t bytes);
 
 /* mover_source.c */
-int source_open(struct skv_mover *mover, uint64_t bytes);
+int source_open(struct skv_mover *mover, uint8_t *memory, uint64_t bytes);
 void source_close(struct skv_mover *mover);
 bool source_begin(struct skv_mover *mover);                      /* gives queued jobs a snapshot */
 bool source_find(struct skv_mover *mover, uint64_t deadline_ns); /* and verifies */

@@ -26,24 +26,19 @@
 
 /* ---- start and stop ---- */
 
-int source_open(struct skv_mover *mover, uint64_t bytes)
+int source_open(struct skv_mover *mover, uint8_t *memory, uint64_t bytes)
 {
     /* A value begins 16 bytes into its extent, so page and trailer end within one more 4 KiB. */
     mover->slot_bytes = (mover->page_bytes + SKV_TRAILER_BYTES + 4096 + 4095) & ~UINT64_C(4095);
     uint64_t slots = bytes / mover->slot_bytes;
-    mover->slot_count = slots < 4 ? 4 : slots > UINT32_MAX / 2 ? UINT32_MAX / 2 : (uint32_t)slots;
+    assert(slots >= 4);
+    mover->slot_count = slots > UINT32_MAX / 2 ? UINT32_MAX / 2 : (uint32_t)slots;
     mover->slots = calloc(mover->slot_count, sizeof *mover->slots);
     if (!mover->slots)
         return SKV_ENOMEM;
-    void *memory;
-    int status =
-        skv_pinned_alloc(mover->options.device, mover->slot_count * mover->slot_bytes, &memory);
-    if (status)
-        return status;
-    mover->memory = memory;
-    status = skv_direct_open(skv_store_file(mover->options.store), READS, &mover->direct);
+    int status = skv_direct_open(skv_store_file(mover->options.store), READS, &mover->direct);
     for (uint32_t i = 0; i < mover->slot_count; i++) {
-        mover->slots[i].read.memory = mover->memory + i * mover->slot_bytes;
+        mover->slots[i].read.memory = memory + i * mover->slot_bytes;
         source_free(mover, &mover->slots[i]);
     }
     while (mover->readers_free < READERS && status == 0)
@@ -58,7 +53,6 @@ void source_close(struct skv_mover *mover)
     skv_direct_close(mover->direct);
     while (mover->readers_free)
         skv_reader_close(mover->readers[--mover->readers_free]);
-    skv_pinned_free(mover->options.device, mover->memory);
     free(mover->slots);
 }
 

@@ -293,6 +293,14 @@ static uint64_t least(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+uint64_t options_staging(const struct options *o, struct skv_device *device)
+{
+    uint64_t least = 8 * (skv_page_bytes(&o->geometry) + 8192), bytes = o->staging_bytes;
+    if (!bytes)
+        bytes = skv_device_info(device)->kind == SKV_DEVICE_CUDA ? 512 * MIB : 64 * MIB;
+    return bytes < least ? least : bytes;
+}
+
 void options_defaults(struct options *o, struct skv_device *device)
 {
     bool cuda = skv_device_info(device)->kind == SKV_DEVICE_CUDA;
@@ -324,8 +332,5 @@ void options_defaults(struct options *o, struct skv_device *device)
     }
     if (!o->pin_bytes)
         o->pin_bytes = cuda ? least(memory / 4, 32 * GIB) : memory / 16;
-    if (!o->staging_bytes)
-        o->staging_bytes = cuda ? 512 * MIB : 64 * MIB;
-    if (o->staging_bytes < 8 * (page + 8192))
-        o->staging_bytes = 8 * (page + 8192);
+    o->staging_bytes = options_staging(o, device);
 }

@@ -26,6 +26,9 @@ struct options {
  * --help or --version, 2 after a usage error (said on stderr). */
 int options_parse(int argc, char **argv, struct options *out);
 
+/* --staging-bytes, or what suits the device. */
+uint64_t options_staging(const struct options *options, struct skv_device *device);
+
 /* Replaces the sizes that are 0 by what suits the device and this machine. */
 void options_defaults(struct options *options, struct skv_device *device);
 

@@ -53,6 +53,7 @@ mkdir $work/cgroup/$cgroup
 echo 0 >$work/cgroup/$cgroup/cgroup.procs
 umount $work/cgroup
 exec unshare --cgroup sh -ec '
+umount --recursive /sys/fs/cgroup 2>/dev/null || true # some kernels do not mount over it
 mount -t cgroup2 none /sys/fs/cgroup
 mount --rbind /dev /dev
 [ ! -e /dev/kmsg ] || mount --bind $work/kmsg /dev/kmsg
@@ -170,7 +171,7 @@ systemctl stop sidekvd
 ok "systemctl stop ends it in order" [ "$(unit Result) $(unit ActiveState)" = "success inactive" ]
 ok "and systemd holds nothing" becomes 0 unit NFileDescriptorStore
 systemctl start sidekvd
-replay --events-total 1500 --verify 0.3
+replay --events-total $events --batch 1 --verify 0.1 # the log that was served last
 ok "after a start scores and rows are right" right
 ok "of users from the store" [ "$(field hit_store_tokens)" -gt 0 ]
 ok "systemd knows all that the unit asks for" [ -z "$(grep 'sidekvd.service:[0-9]' "$work/kmsg")" ]
