@@ -81,9 +81,10 @@ struct request {
 struct daemon {
     struct options options;
     struct skv_device *device;
-    void *staging;         /* pinned, --staging-bytes of it; NULL: no store */
-    int device_status;     /* of opening both */
-    int device_bell;       /* an eventfd: that has come to an end */
+    void *staging;         /* pinned, --staging-bytes of it; NULL: the mover makes its own */
+    int device_status;     /* of opening it */
+    int device_bell;       /* an eventfd: that has come to an end, and staging is pinned */
+    int turn;              /* another one: it is this daemon's turn */
     uint64_t device_ns[2]; /* when it began and ended */
     struct skv_pool *pool;
     struct skv_store *claimed; /* prepared, then locked and being checked, until it is on its way */

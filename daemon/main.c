@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -28,6 +29,7 @@
 
 #define PROTECT_EXTENTS 128u /* of a protected pool: several for each of many workers */
 #define PROTECT_FEW     16u  /* fewer are worth a warning */
+#define PIN_AFTER_MS    100  /* later than that a killed daemon is seldom gone */
 #define ARRIVAL_NS                                                                                 \
     UINT64_C(50000000) /* a hot restart waits for its store, from its claim on: small ones are     \
                           there, and no request is served without */
@@ -199,23 +201,29 @@ static int claim_all(struct daemon *daemon)
     return status ? status : claim_store(daemon);
 }
 
-/* And what takes long of it: pinned memory. A call that makes some holds up every other one. */
 static void open_device(struct daemon *daemon)
 {
-    const struct options *o = &daemon->options;
     daemon->device_ns[0] = skv_now_ns();
-    int status = daemon->device ? SKV_OK : skv_device_open(o->device, &daemon->device);
-    if (!status && o->store)
-        status =
-            skv_pinned_alloc(daemon->device, options_staging(o, daemon->device), &daemon->staging);
-    daemon->device_status = status;
+    daemon->device_status = skv_device_open(daemon->options.device, &daemon->device);
     daemon->device_ns[1] = skv_now_ns();
+}
+
+/* Pinned memory takes a GPU's driver longest, and holds up every other call meanwhile: who still
+ * waits for its turn makes it now. Else, or if that fails, the mover does. */
+static void pin_staging(struct daemon *daemon)
+{
+    struct pollfd turn = {.fd = daemon->turn, .events = POLLIN};
+    if (!daemon->device_status && daemon->options.store && poll(&turn, 1, PIN_AFTER_MS) == 0 &&
+        skv_pinned_alloc(daemon->device, options_staging(&daemon->options, daemon->device),
+                         &daemon->staging))
+        daemon->staging = NULL;
 }
 
 static void *open_device_meanwhile(void *context)
 {
     struct daemon *daemon = context;
     open_device(daemon);
+    pin_staging(daemon);
     eventfd_write(daemon->device_bell, 1);
     return NULL;
 }
@@ -226,14 +234,17 @@ static int claim_all_and_open_device(struct daemon *daemon)
 {
     pthread_t opener;
     daemon->device_bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    daemon->turn = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int error = pthread_create(&opener, NULL, open_device_meanwhile, daemon);
     if (error) {
         skv_error("starting a thread for the device: %s", strerror(error));
         return SKV_ENOMEM;
     }
     int status = claim_all(daemon);
+    eventfd_write(daemon->turn, 1);
     pthread_join(opener, NULL);
     close(daemon->device_bell);
+    close(daemon->turn);
     if (status)
         return status;
     while (daemon->device_status == SKV_ENOMEM && worth_waiting(daemon->start_by_ns, "memory"))
