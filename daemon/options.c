@@ -32,9 +32,9 @@ static const char help[] =
     "  --model NAME         geometry of tiny (default), kuairand or bench; or each by itself:\n"
     "  --layers N --heads N --head-dim 64|128|256 --page-tokens 16|32|64|128\n"
     "  --export fd|ipc      how workers get the pool: POSIX fds (default), or one CUDA IPC handle\n"
-    "  --protect            workers map the pool read-only, but for extents of their own to append "
-    "to;\n"
-    "                       with fds only\n"
+    "  --protect|--trust    workers map the pool read-only, but for extents of their own to append "
+    "to\n"
+    "                       (with fds only); or all of it for writing (default)\n"
     "  --pool-bytes SIZE    KV pages (default: CUDA free memory less the larger of 8G and a "
     "quarter;\n"
     "                       host: an eighth of the memory, at most 4G)\n"
@@ -72,6 +72,7 @@ enum {
     OPT_PAGE_TOKENS,
     OPT_EXPORT,
     OPT_PROTECT,
+    OPT_TRUST,
     OPT_POOL,
     OPT_STORE_BYTES,
     OPT_PIN,
@@ -99,6 +100,7 @@ static const struct option table[] = {
     {"page-tokens", required_argument, NULL, OPT_PAGE_TOKENS},
     {"export", required_argument, NULL, OPT_EXPORT},
     {"protect", no_argument, NULL, OPT_PROTECT},
+    {"trust", no_argument, NULL, OPT_TRUST},
     {"pool-bytes", required_argument, NULL, OPT_POOL},
     {"store-bytes", required_argument, NULL, OPT_STORE_BYTES},
     {"pin-bytes", required_argument, NULL, OPT_PIN},
@@ -231,6 +233,9 @@ static bool take(struct options *o, int option, const char *value)
         return picked >= 0;
     case OPT_PROTECT:
         return o->protect = true;
+    case OPT_TRUST:
+        o->protect = false;
+        return true;
     case OPT_EPOLL:
         return o->epoll = true;
     default:

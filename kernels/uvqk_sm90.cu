@@ -270,7 +270,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     const uint32_t staging = ring.shared + S::STAGING + warp * STAGING_BYTES;
     uint32_t row0, column0;
     float d[S::COLUMNS / 2];
-    uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4]; /* [i][row]; normed, with bias, rounded */
+    uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4] = {}; /* [i][row]; normed, with bias, rounded */
     place last = {p.rows, 0, {UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}}; /* of no row yet */
     sm90::dependency_wait();
     while (tiles.take(&row0, &column0)) {

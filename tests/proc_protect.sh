@@ -22,6 +22,8 @@ ok "one extent for three workers: less is cached, nothing is wrong" right
 status=$?
 ok "an IPC handle cannot be protected" [ "$status" = 2 ]
 ok "which is said" grep -q -- "--protect needs --export fd" "$work/out"
+"$sidekvd" --protect --trust --export ipc --max-users 1 >"$work/out" 2>&1 # what it stumbles over comes later
+ok "--trust takes it back" grep -q -- "--max-users takes" "$work/out"
 
 RESTART_PROTECT=1 RESTART_KILLS=${RESTART_KILLS:-20} timeout 300 "$bin/../tests/test_restart" >"$work/out" 2>&1
 status=$?
