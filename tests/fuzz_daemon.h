@@ -153,7 +153,7 @@ static inline void fuzz_start(bool store)
                                   .pool_bytes = FUZZ_POOL_BYTES,
                                   .staging_bytes = UINT64_C(1) << 20,
                                   .store = store ? fuzz_rig.store : NULL};
-    d->started_ns = d->now_ns = skv_now_ns();
+    d->free_ns = d->now_ns = skv_now_ns();
     d->session_ids = d->now_ns;
     d->generation_limit = UINT64_MAX;
     skv_peers_init(d);
