@@ -168,14 +168,15 @@ static void gate(uint32_t rows)
 
 static void fused_shapes(uint32_t rows)
 {
-    static const char *const name[] = {"chosen",  "128x256", "256x128",
+    static const char *const name[] = {"chosen",  "256x128", "128x256",
                                        "192x128", "128x128", "64x64"};
     printf("fused UVQK %6u:", rows);
-    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles < HSTU_TILES_64X64; tiles++)
+    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles <= HSTU_TILES_128X128; tiles++)
         printf(" %s %.1f", name[tiles], TIME(uvqk(l, rows, tiles)));
     printf("; norm alone %.1f, activation %.1f\n", TIME(norm(rows)), TIME(activate(rows)));
-    printf("fused projection %6u:", rows);
-    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles <= HSTU_TILES_64X64; tiles++)
+    printf("fused projection %6u: %s %.1f", rows, name[HSTU_TILES_ANY],
+           TIME(project(l, rows, HSTU_TILES_ANY)));
+    for (enum hstu_tiles tiles = HSTU_TILES_128X256; tiles <= HSTU_TILES_64X64; tiles++)
         printf(" %s %.1f", name[tiles], TIME(project(l, rows, tiles)));
     printf("; gate alone %.1f\n", TIME(gate(rows)));
 }

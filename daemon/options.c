@@ -300,10 +300,10 @@ static uint64_t least(uint64_t a, uint64_t b)
 
 uint64_t options_staging(const struct options *o, struct skv_device *device)
 {
-    uint64_t least = 8 * (skv_page_bytes(&o->geometry) + 8192), bytes = o->staging_bytes;
+    uint64_t eight_pages = 8 * (skv_page_bytes(&o->geometry) + 8192), bytes = o->staging_bytes;
     if (!bytes)
         bytes = skv_device_info(device)->kind == SKV_DEVICE_CUDA ? 512 * MIB : 64 * MIB;
-    return bytes < least ? least : bytes;
+    return bytes < eight_pages ? eight_pages : bytes;
 }
 
 void options_defaults(struct options *o, struct skv_device *device)

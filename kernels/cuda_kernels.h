@@ -134,14 +134,14 @@ int hstu_launch_product(enum hstu_product product, const struct hstu_product_arg
  *
  * Rows of padding are computed like any other; what comes of them is in their own rows. */
 
-/* Rows by columns. */
+/* Rows by columns. UVQK has those up to 128 x 128, the projection those from 128 x 256 on. */
 enum hstu_tiles {
     HSTU_TILES_ANY,
-    HSTU_TILES_128X256,
     HSTU_TILES_256X128,
+    HSTU_TILES_128X256,
     HSTU_TILES_192X128,
     HSTU_TILES_128X128,
-    HSTU_TILES_64X64 /* of the projection only */
+    HSTU_TILES_64X64
 };
 
 /* m = SiLU(LN(x) W + bias), and K and V of rows that have a slot to their page. x [rows][k], b

@@ -324,11 +324,12 @@ template <typename S> double estimate(uint32_t rows, uint32_t n, uint32_t k, uin
     return S::START + S::ROUND * k / 1024 * rounds_of<S>(rows, n, sm_count);
 }
 
-/* Of those up to `last` the tiles with the least cost. */
-template <typename Cost> enum hstu_tiles fastest_tiles(enum hstu_tiles last, Cost cost)
+/* Of those from `first` to `last` the tiles with the least cost. */
+template <typename Cost>
+enum hstu_tiles fastest_tiles(enum hstu_tiles first, enum hstu_tiles last, Cost cost)
 {
     int best = last;
-    for (int tiles = HSTU_TILES_ANY + 1; tiles < last; tiles++)
+    for (int tiles = first; tiles < last; tiles++)
         if (cost((enum hstu_tiles)tiles) < cost((enum hstu_tiles)best))
             best = tiles;
     return (enum hstu_tiles)best;

@@ -248,7 +248,7 @@ enum hstu_tiles choose(const struct hstu_project_args *args)
 {
     if (args->tiles != HSTU_TILES_ANY)
         return args->tiles;
-    return fastest_tiles(HSTU_TILES_64X64, [&](enum hstu_tiles tiles) {
+    return fastest_tiles(HSTU_TILES_128X256, HSTU_TILES_64X64, [&](enum hstu_tiles tiles) {
         return with_shape(tiles, [&](auto shape) {
             return estimate<decltype(shape)>(args->rows, args->n, args->k, args->sm_count);
         });

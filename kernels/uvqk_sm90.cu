@@ -394,7 +394,7 @@ int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream)
 {
     enum hstu_tiles tiles = args->tiles;
     if (tiles == HSTU_TILES_ANY)
-        tiles = fastest_tiles(HSTU_TILES_128X128, [&](enum hstu_tiles of) {
+        tiles = fastest_tiles(HSTU_TILES_256X128, HSTU_TILES_128X128, [&](enum hstu_tiles of) {
             return with_shape(of, [&](auto shape) {
                 return estimate<decltype(shape)>(args->rows, args->n, args->k, args->sm_count);
             });

@@ -220,7 +220,7 @@ static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles
 Test(products_cuda, uvqk_equals_norm_product_and_activation)
 {
     NEED_HOPPER();
-    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles < HSTU_TILES_64X64; tiles++) {
+    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles <= HSTU_TILES_128X128; tiles++) {
         check_uvqk(64, 64, (struct skv_geometry){1, 1, 64, 16}, tiles);
         check_uvqk(320, 192, (struct skv_geometry){2, 2, 128, 32}, tiles);
         check_uvqk(384, 1024, (struct skv_geometry){1, 4, 256, 32}, tiles);
@@ -229,14 +229,19 @@ Test(products_cuda, uvqk_equals_norm_product_and_activation)
     }
 }
 
+static void check_projections(enum hstu_tiles tiles)
+{
+    check_project(64, 64, 256, tiles);
+    check_project(384, 1024, 1024, tiles);
+    check_project(1000, 512, 512, tiles);
+    check_project(9000, 1024, 1024, tiles);
+}
+
 Test(products_cuda, projection_equals_product_and_residual)
 {
     NEED_HOPPER();
-    for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles <= HSTU_TILES_64X64; tiles++) {
-        check_project(64, 64, 256, tiles);
-        check_project(384, 1024, 1024, tiles);
-        check_project(1000, 512, 512, tiles);
-        check_project(9000, 1024, 1024, tiles);
-    }
+    check_projections(HSTU_TILES_ANY);
+    for (enum hstu_tiles tiles = HSTU_TILES_128X256; tiles <= HSTU_TILES_64X64; tiles++)
+        check_projections(tiles);
     check_project(320, 128, 192, HSTU_TILES_ANY);
 }
