@@ -400,10 +400,11 @@ struct skv_change *skv_new_change(struct skv_cache *cache, uint32_t pages)
 
 /* Has the store say of a user what its record says. hashes: of the stored pages. Returns the
  * change's id. */
-static uint64_t change_record(struct skv_cache *cache, const struct record *record,
+static uint64_t change_record(struct skv_cache *cache, struct record *record,
                               const uint64_t *hashes, struct skv_change *change)
 {
     uint32_t count = pages_of(cache, record->stored);
+    record->untold = true;
     change->id = ++cache->next_job;
     change->kind = SKV_CHANGE_RECORD;
     change->hashes = (uint64_t *)(change + 1);
@@ -415,6 +416,13 @@ static uint64_t change_record(struct skv_cache *cache, const struct record *reco
     change->record = skv_stored_record(cache, record);
     skv_act(cache, SKV_ACTION_CHANGE)->job = change;
     return change->id;
+}
+
+void skv_cache_changed(struct skv_cache *cache, const struct skv_change *change)
+{
+    uint32_t owner = skv_cache_find(cache, change->record.model, change->record.user);
+    if (owner != SKV_NONE && cache->records.all[owner].generation == change->record.generation)
+        cache->records.all[owner].untold = false;
 }
 
 /* The offload in flight counts for nothing; it may be in the writer's hands already. false: there
@@ -628,9 +636,10 @@ int skv_cut(struct skv_cache *cache, uint32_t owner, uint32_t tokens, const uint
     uint32_t keep = tokens / cache->geometry.page_tokens, index = record->residence;
     assert(tokens % cache->geometry.page_tokens == 0);
 
-    /* At 0 always: a removal by eviction may be under way, and FORGET waits for it too. */
-    bool in_store =
-        record->stored > tokens || (!tokens && cache->options.store) || (r && r->offload);
+    /* At 0 always: a removal by eviction may be under way, and FORGET waits for it too. And a
+     * stored tail is told by its generation from what a hot restart finds in the pool. */
+    bool in_store = record->stored > tokens || record->stored % cache->geometry.page_tokens ||
+                    (!tokens && cache->options.store) || (r && r->offload);
     struct skv_change *change = NULL;
     if (in_store && !(change = skv_new_change(cache, keep)))
         return SKV_ENOMEM;

@@ -170,7 +170,7 @@ void skv_reconcile(struct skv_cache *cache, uint32_t owner, const struct skv_rec
     else if (record->generation < generation)
         record->generation = generation;
     /* Only its generation tells a stored tail from one of an earlier history: after another
-     * restart, too. */
+     * restart, too. Till the store has it nothing is appended there. */
     if (cut || (record->stored % size && record->generation > stored->generation))
         skv_cut_stored(cache, owner, keep, cut ? r->hash : hashes,
                        skv_new_change(cache, pages_of(cache, keep)));

@@ -177,6 +177,29 @@ static inline void sync_users(bool may_cut)
     }
 }
 
+static inline bool is_of_now(const struct skv_change *change, uint32_t u)
+{
+    return user_of(change->record.model, change->record.user) == u &&
+           change->record.generation == info_of(u).generation;
+}
+
+/* Does the user's next token belong to the page of a stored tail, while a change of its generation
+ * is on its way to the store, or the answer on its way back? */
+static inline bool in_untold_tail(uint32_t u, uint32_t tokens)
+{
+    bool untold = false;
+    for (uint32_t i = 0; i < world.write_count; i++) {
+        const struct sim_write *write = &world.writes[(world.write_first + i) % WORLD_QUEUE];
+        untold = untold || (write->change && is_of_now(write->change, u));
+    }
+    for (uint32_t i = 0; i < world.write_event_count; i++) {
+        const struct skv_mover_event *event =
+            &world.write_events[(world.write_event_first + i) % WORLD_QUEUE];
+        untold = untold || (event->kind == SKV_MOVER_CHANGED && is_of_now(event->job, u));
+    }
+    return untold && tokens / S < pages_for(info_of(u).stored);
+}
+
 /* ---- views ---- */
 
 static inline uint64_t extent_bit(uint32_t page)
@@ -378,8 +401,10 @@ static inline void judge_grant(struct sim_session *session, struct sim_row *row,
     CHECK(!appends || !has_appender(view->user, view, false));
     if (e->cached == e->committed && h > e->cached && !(view->flags & WIRE_READ) &&
         (before->generation || world.options.max_records > WORLD_USERS) && !e->held &&
-        before->resident == before->committed && free_pages >= pages_for(h) && !world.early)
+        before->resident == before->committed && free_pages >= pages_for(h) && !world.early &&
+        !in_untold_tail(view->user, e->cached))
         CHECK(appends);
+    CHECK(!appends || !in_untold_tail(view->user, e->cached));
     CHECK(!world.early || !(appends || grant->flags & (SKV_GRANT_STORE | SKV_GRANT_GATED)));
 
     /* A tail that only the worker can judge. */

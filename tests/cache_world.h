@@ -510,6 +510,7 @@ static inline void on_changed(struct skv_change *change)
         user->gone_below = user->forgotten_generation;
         CHECK(!world.store[index].tokens || world.store[index].generation > user->gone_below);
     }
+    skv_cache_changed(world.cache, change);
     free(change);
 }
 

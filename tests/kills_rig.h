@@ -15,7 +15,6 @@
 #define LEASE_MS 30u
 #define SLOW_NS  UINT64_C(3000000000) /* worth a line */
 #define TIMES    8192u
-#define TAILS    8u /* of a rig, at most; see tail_again() */
 
 enum line {
     WORKER_RANDOM,
@@ -79,7 +78,7 @@ struct times {
 static struct tally { /* of a rig */
     uint64_t done[LINES], failed[LINES], died[SKV_FAILPOINTS], reached[SKV_FAILPOINTS];
     char directory[64];
-    uint64_t looks, locked, short_hits, unfenced, tails;
+    uint64_t looks, locked, short_hits, unfenced;
     struct times fence, back;    /* kill to fence; daemon's death to the next answer */
     struct times hit, store_hit; /* its death to the first pool hit; exec to the first store hit */
     bool mps;                    /* the daemon says that it runs under it */
@@ -198,14 +197,6 @@ static void note_hit(const struct skv_grant *grant)
     }
 }
 
-/* The exception that guarantees.md names: after restarts in a row all that is committed is in the
- * pool, but a stored half-filled tail has to be stored again. It is rare. */
-static bool tail_again(const struct skv_user_info *info, uint64_t least, uint64_t stored)
-{
-    return kept && info->committed >= tokens_of(least) && info->resident == info->committed &&
-           info->stored >= tokens_of(stored) / S * S && ++tally->tails <= TAILS;
-}
-
 /* Compares a user with the ledger. strict: nothing else goes on, so all of it must be served. */
 static void look(uint32_t u, bool strict)
 {
@@ -230,8 +221,6 @@ static void look(uint32_t u, bool strict)
         know_all(skv, u, &committed);
     int status = skv_lookup(skv, model, id, &info);
     bool less = holding && (info.committed < tokens_of(least) || info.stored < tokens_of(stored));
-    if (!status && !less && info.stored < tokens_of(stored) && tail_again(&info, least, stored))
-        stored = 0;
     if (status && status != SKV_ENOENT) {
         wrong("looking up user %u: %s", u, skv_strerror(status));
     } else if ((!less && !may_have(user, info.committed)) || info.committed > user->most ||

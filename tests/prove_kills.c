@@ -297,15 +297,15 @@ static void report(const bool *finished)
         printf(
             "kills: rig %u: %llu batches, %llu tokens compared, %llu gated, %llu appends, %llu "
             "cuts, %llu flushes, %llu evictions, %llu stale, %llu loads failed, %llu short hits, "
-            "%llu users short of dropped tokens, %llu stored tails to be stored again; the prover "
-            "compared %llu users, %llu times a worker had one\n",
+            "%llu users short of dropped tokens; the prover compared %llu users, %llu times a "
+            "worker had one\n",
             r, (unsigned long long)b->batches, (unsigned long long)b->tokens,
             (unsigned long long)b->gated, (unsigned long long)b->appends,
             (unsigned long long)b->cuts, (unsigned long long)b->flushes,
             (unsigned long long)b->evictions, (unsigned long long)b->stale,
             (unsigned long long)b->loads_failed, (unsigned long long)tallies[r].short_hits,
-            (unsigned long long)b->dropped, (unsigned long long)tallies[r].tails,
-            (unsigned long long)tallies[r].looks, (unsigned long long)tallies[r].locked);
+            (unsigned long long)b->dropped, (unsigned long long)tallies[r].looks,
+            (unsigned long long)tallies[r].locked);
         for (uint32_t p = 0; p < SKV_FAILPOINTS; p++)
             died[p] += tallies[r].died[p];
     }

@@ -453,6 +453,37 @@ Test(adopt, pool_users_make_way_for_stored_ones)
     cr_expect_eq(free_pages(), PAGES);
 }
 
+static bool may_append(void)
+{
+    struct wire_grant grant;
+    uint32_t slot = acquire(2 * S, (uint64_t[]){1000, 55}, &grant);
+    cr_expect_eq(grant.cached, S + 7);
+    cr_assert(skv_cache_session_gone(cache, slot));
+    return grant.flags & SKV_GRANT_APPEND;
+}
+
+Test(adopt, a_stored_tail_is_read_and_not_appended_to_until_the_store_has_its_generation)
+{
+    struct skv_action action;
+    put(0, valid(1, 0, S, 5));
+    put(1, valid(1, 1, 7, 9));
+    open_cache(true);
+    adopt(false);
+    cr_assert_eq(restore(1, S + 7, 5, (uint64_t[]){1000, 1001}), 0);
+    while (!skv_cache_restored(cache, 1))
+        ;
+    cr_assert(skv_cache_action(cache, &action));
+    cr_assert_eq(action.kind, SKV_ACTION_CHANGE);
+    struct skv_change *change = action.job, earlier = *change;
+    cr_expect_not(may_append());
+    earlier.record.generation--;
+    skv_cache_changed(cache, &earlier);
+    cr_expect_not(may_append(), "it is another one's answer");
+    skv_cache_changed(cache, change);
+    cr_expect(may_append());
+    free(change);
+}
+
 /* ---- limbo ---- */
 
 Test(adopt, in_limbo_nothing_of_before_is_evicted_or_appended_to)

@@ -528,3 +528,65 @@ Test(cache_store, without_a_store_nothing_is_offloaded_and_flush_is_done)
     cr_assert_eq(skv_cache_evict(world.cache, record_of(0)), 0);
     cr_assert_eq(record_of(0), SKV_NONE);
 }
+
+/* ---- a stored tail and hot restarts ---- */
+
+/* All that is under way is copied, and nothing written. */
+static void copy_all(void)
+{
+    for (uint32_t i = 0; i < WORLD_JOBS; i++)
+        while (onboard_step(&world.onboards[i]))
+            ;
+    while (take_event())
+        ;
+}
+
+/* A user with a stored tail gets a new generation that the store has not heard of: cut behind the
+ * tail. Then it is dropped to what is stored, and loaded. */
+static void outdate_the_store(void)
+{
+    setup(8);
+    append(0, S + 7);
+    store_all();
+    append(0, 3 * S + 4);
+    acquire_edited(0, 0, 0, 3 * S + 6, 2 * S + 3);
+    finish(0, 0, false);
+    cr_assert_eq(info_of(0).committed, 2 * S);
+    append(1, 8 * S);
+    cr_assert_eq(info_of(0).committed, S + 7);
+    cr_assert_eq(info_of(0).resident, 0);
+    acquire(0, 0, 0, S + 7);
+    copy_all();
+    finish(0, 0, false);
+    cr_assert_eq(info_of(0).resident, S + 7);
+}
+
+/* It is appended to as soon as the store has heard of it, and then cut by no restart. */
+static void check_told(void)
+{
+    for (int told = 0; told < 2; told++) {
+        struct view *view = acquire(0, 0, 0, 2 * S);
+        cr_expect_eq(view->grant.cached, S + 7);
+        cr_assert_eq(appends(view), told);
+        finish(0, 0, told);
+        if (!told)
+            settle_mover();
+    }
+    hot_restart(false);
+    cr_expect_eq(info_of(0).committed, 2 * S);
+    cr_expect_eq(info_of(0).stored, S + 7);
+}
+
+Test(cache_store, a_stored_tail_is_appended_to_only_once_the_store_knows_its_generation)
+{
+    outdate_the_store();
+    check_told();
+}
+
+Test(cache_store, after_a_hot_restart_too)
+{
+    outdate_the_store();
+    hot_restart(false);
+    session_open(0);
+    check_told();
+}
