@@ -51,12 +51,12 @@ static const char *const names[KINDS] = {
 
 /* How often each is drawn, in a world of average taste. */
 static const uint32_t weights[KINDS] = {
-    [OPEN] = 12,         [ACQUIRE] = 60, [STEP] = 90,    [END] = 30,           [FINISH] = 40,
+    [OPEN] = 30,         [ACQUIRE] = 60, [STEP] = 90,    [END] = 30,           [FINISH] = 40,
     [EARLY_RELEASE] = 6, [FENCE] = 3,    [GONE_NOW] = 8, [ONBOARD_STEP] = 110, [OFFLOAD] = 25,
     [STORE_ALL] = 4,     [COPY] = 25,    [WRITE] = 25,   [EVENT] = 60,         [SETTLE] = 6,
     [PREFETCH] = 5,      [TRUNCATE] = 3, [FORGET] = 1,   [EVICT] = 25,         [EVICT_STORED] = 1,
     [FLUSH] = 3,         [GROOM] = 4,    [TIME] = 6,     [DAMAGE] = 1,         [STRANGE_LEASE] = 3,
-    [RESTART] = 2,       [ARRIVE] = 10,  [VIEWS] = 25};
+    [RESTART] = 4,       [ARRIVE] = 40,  [VIEWS] = 25};
 
 struct op {
     enum kind kind;
@@ -77,7 +77,10 @@ static bool chance(uint32_t percent)
 
 static uint64_t next_token = 1;
 static struct { /* of this world, percent */
-    uint32_t grows, edits, shorter, many;
+    uint32_t grows, edits, shorter;
+    uint32_t users; /* that are asked for, of the first model */
+    uint32_t lags;  /* the writer: of what it might do, it leaves that for later */
+    uint32_t cold;  /* of restarts */
 } habits;
 
 /* ---- the operations ---- */
@@ -93,7 +96,7 @@ static void grow(struct sim_user *user)
 static void make_request(struct sim_session *session, struct view *view)
 {
     bool second = skv_id_equal(session->model, world.users[WORLD_USERS - 1].model);
-    view->user = second ? WORLD_USERS - 1 : draw(WORLD_USERS - 1);
+    view->user = second ? WORLD_USERS - 1 : draw(habits.users);
     struct sim_user *user = &world.users[view->user];
     if (!user->length || chance(habits.grows))
         grow(user);
@@ -309,6 +312,8 @@ static void do_op(struct op op)
 {
     random_state = op.seed;
     uint32_t s = draw(SESSIONS), r;
+    if ((op.kind == WRITE || op.kind == SETTLE || op.kind == STORE_ALL) && chance(habits.lags))
+        return;
     bool live = sessions[s].state == LIVE;
     switch (op.kind) {
     case OPEN:
@@ -383,7 +388,7 @@ static void do_op(struct op op)
     case RESTART:
         if (chance(60)) {
             memset(flushes, 0, sizeof flushes);
-            if (chance(50))
+            if (chance(habits.cold))
                 restart();
             else if (world.options.store && world.options.max_records > WORLD_USERS && chance(50))
                 hot_restart_begin(chance(50));
@@ -411,12 +416,14 @@ static void open_world(uint64_t seed)
 {
     random_state = mix64(seed);
     habits.grows = 10 + draw(70);
-    habits.edits = draw(3) ? draw(3) : 12;
+    habits.edits = draw(3) ? draw(5) : 15;
     habits.shorter = draw(30);
-    habits.many = draw(100);
+    habits.users = 1 + draw(WORLD_USERS - 1);
+    habits.lags = chance(50) ? 0 : 20 + draw(80);
+    habits.cold = chance(30) ? 50 : 5;
     memset(flushes, 0, sizeof flushes);
     next_token = 1;
-    world_open((struct skv_cache_options){.pages = 6 + draw(WORLD_POOL - 6),
+    world_open((struct skv_cache_options){.pages = 6 + draw(chance(50) ? WORLD_POOL - 6 : 10),
                                           .extent_pages = chance(50) ? 0 : 1 + draw(9),
                                           .sessions = SESSIONS,
                                           .max_records = chance(80) ? 64 : 4,
@@ -450,8 +457,12 @@ static void make_ops(uint64_t seed, struct op *ops)
     static const uint32_t factors[] = {0, 1, 1, 1, 2, 6};
     uint32_t total = 0, weight[KINDS];
     random_state = mix64(~seed);
-    for (uint32_t kind = 0; kind < KINDS; kind++)
-        total += weight[kind] = weights[kind] * factors[draw(6)]; /* each world has its own mix */
+    for (uint32_t kind = 0; kind < KINDS; kind++) { /* each world has its own mix */
+        uint32_t factor = factors[draw(6)];
+        if (!factor && (kind == OPEN || kind == ACQUIRE || kind == FINISH))
+            factor = 1; /* without them hardly anything happens */
+        total += weight[kind] = weights[kind] * factor;
+    }
     for (uint32_t i = 0; i < OPS_A_WORLD; i++) {
         uint32_t at = draw(total), kind = 0;
         while (at >= weight[kind])
