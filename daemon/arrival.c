@@ -12,9 +12,10 @@
 #include "log.h"
 #include "queue.h"
 
-#define CHUNK_BYTES (64u << 10) /* of users, at most 1,000: 0.3 ms of the loop */
-#define CHUNKS      16u         /* sent and not taken, at most */
-#define SORT_STEP   4096u       /* users put in order in a turn: 0.5 ms */
+#define CHUNK_BYTES (64u << 10)         /* of users, at most 1,000: 0.3 ms of the loop */
+#define CHUNKS      16u                 /* sent and not taken, at most */
+#define SORT_STEP   4096u               /* users put in order in a turn: 0.5 ms */
+#define WORKERS_NS  UINT64_C(300000000) /* the mover waits for workers, from the claim on */
 
 struct chunk { /* of users: records, each with its hashes behind it */
     uint32_t bytes;
@@ -31,6 +32,8 @@ struct arrival {
     struct skv_queue messages; /* thread -> loop */
     sem_t room;                /* chunks that may be sent */
     _Atomic bool stopped;      /* by the loop: nobody takes anything any more */
+    uint64_t workers_by_ns; /* the mover waits for workers of before, till then; 0: it does not */
+    struct skv_bell workers_bell; /* loop -> thread: they are in */
 
     /* The thread's until OPENED or FAILED is taken. */
     struct skv_pinner *pinner;
@@ -41,6 +44,7 @@ struct arrival {
     int status;          /* why the scan stopped */
 
     /* The loop's. */
+    bool workers_first; /* they are not in yet */
     uint64_t began_ns;
     bool all; /* are taken, not yet in order */
 };
@@ -128,6 +132,28 @@ static int reserve_generations(struct arrival *a)
     return status;
 }
 
+/* Till when the earlier daemon's workers come before the mover; 0: nobody is waited for. Pinning
+ * its staging takes a GPU's driver 0.3 s, in which no session can be let in. */
+static uint64_t workers_come_first(const struct daemon *daemon)
+{
+    /* For tests, on the host backend too: so long. */
+    const char *wait_ms = getenv("SIDEKV_TEST_WORKERS_FIRST_MS");
+    if (!daemon->kept.unsettled)
+        return 0;
+    if (wait_ms)
+        return daemon->free_ns + strtoull(wait_ms, NULL, 10) * 1000000;
+    bool slow = skv_device_info(daemon->device)->kind == SKV_DEVICE_CUDA && !daemon->staging;
+    return slow ? daemon->free_ns + WORKERS_NS : 0;
+}
+
+static int let_workers_in(struct arrival *a)
+{
+    uint64_t now_ns = skv_now_ns();
+    if (now_ns < a->workers_by_ns)
+        skv_bell_wait(&a->workers_bell, a->workers_by_ns - now_ns);
+    return atomic_load(&a->stopped) ? SKV_EAGAIN : SKV_OK;
+}
+
 static int open_all(struct arrival *a)
 {
     const struct options *o = &a->daemon->options;
@@ -135,6 +161,8 @@ static int open_all(struct arrival *a)
     int status = skv_store_open_claimed(a->store, &options);
     if (!status)
         status = reserve_generations(a);
+    if (!status)
+        status = let_workers_in(a);
     if (!status && o->pin_bytes)
         status = skv_pinner_start(a->store, a->daemon->device, o->pin_bytes, &a->pinner);
     return status ? status : start_mover(a->daemon, a->store, a->pinner, &a->mover);
@@ -215,12 +243,25 @@ static void arrived(struct daemon *daemon)
     skv_commands_arrived(daemon);
 }
 
+/* Have those that may still touch pages reattached, or are gone, and is nobody in a handshake? */
+static bool workers_are_in(const struct daemon *daemon)
+{
+    bool in = !daemon->kept.unsettled;
+    for (uint32_t i = 0; i < SKV_MAX_PEERS && in; i++)
+        in = daemon->peers[i].state != PEER_HELLO;
+    return in;
+}
+
 uint32_t skv_arrival_take(struct daemon *daemon)
 {
     struct arrival *a = daemon->arrival;
     struct skv_message message;
     if (!a || daemon->arrival_status)
         return 0;
+    if (a->workers_first && workers_are_in(daemon)) {
+        a->workers_first = false;
+        skv_bell_ring(&a->workers_bell);
+    }
     if (a->all) {
         if (skv_cache_restored(daemon->cache, SORT_STEP))
             arrived(daemon);
@@ -239,7 +280,8 @@ uint32_t skv_arrival_take(struct daemon *daemon)
 int skv_arrival_await(struct daemon *daemon, uint64_t until_ns)
 {
     uint64_t now_ns;
-    while (daemon->arrival && !daemon->arrival_status && (now_ns = skv_now_ns()) < until_ns)
+    while (daemon->arrival && !daemon->arrival->workers_first && !daemon->arrival_status &&
+           (now_ns = skv_now_ns()) < until_ns)
         if (!skv_arrival_take(daemon))
             skv_bell_wait(&daemon->arrival_bell,
                           until_ns == UINT64_MAX ? until_ns : until_ns - now_ns);
@@ -253,6 +295,7 @@ static void destroy(struct arrival *a)
         free(message.job);
     free(a->chunk);
     skv_queue_fini(&a->messages);
+    skv_bell_fini(&a->workers_bell);
     sem_destroy(&a->room);
     free(a);
 }
@@ -265,11 +308,17 @@ int skv_arrival_start(struct daemon *daemon)
     if (!a)
         return SKV_ENOMEM;
     *a = (struct arrival){
-        .store = daemon->claimed, .daemon = daemon, .generation = daemon->table->generation};
+        .store = daemon->claimed,
+        .daemon = daemon,
+        .workers_by_ns = workers_come_first(daemon),
+        .workers_bell.fd = -1,
+        .generation = daemon->table->generation,
+    };
+    a->workers_first = a->workers_by_ns != 0;
     sem_init(&a->room, 0, CHUNKS);
     int error = 0;
     if (!skv_queue_init(&a->messages) || skv_bell_init(&daemon->arrival_bell) ||
-        (error = pthread_create(&a->thread, NULL, run, a))) {
+        skv_bell_init(&a->workers_bell) || (error = pthread_create(&a->thread, NULL, run, a))) {
         if (error)
             skv_error("starting a thread for the store: %s", strerror(error));
         destroy(a);
@@ -288,7 +337,8 @@ void skv_arrival_stop(struct daemon *daemon)
         return;
     atomic_store(&a->stopped, true);
     skv_store_open_abandon(a->store);
-    sem_post(&a->room); /* it may wait there */
+    sem_post(&a->room); /* it may wait there, or */
+    skv_bell_ring(&a->workers_bell);
     pthread_join(a->thread, NULL);
     daemon->store = a->store;
     daemon->pinner = a->pinner;

@@ -641,6 +641,41 @@ ON_EVERY_BACKEND(a_worker_stopped_across_it_harms_nobody)
     check_all(skv_now_ns());
 }
 
+/* A device whose mover takes long to start, and a worker that takes long to come. */
+ON_EVERY_BACKEND(the_store_comes_behind_the_workers_where_it_would_hold_them_up)
+{
+    stage(backend);
+    setenv("SIDEKV_TEST_WORKERS_FIRST_MS", "100000", 1);
+    pid_t pid = fork_other(100);
+    struct skv_options options = {.admin = true, .timeout_ms = 20000};
+    struct skv *admin;
+    start();
+    fill();
+    let_go(1);
+    await(2);
+    kill(pid, SIGSTOP);
+    for (int planned = 0; planned < 2; planned++) {
+        uint32_t before = skv_server(skv)->pid;
+        cr_assert_eq(rig_connect(&rig, options, &admin), 0);
+        if (planned)
+            cr_assert_eq(skv_restart(admin), 0);
+        else
+            kill((pid_t)before, SIGKILL);
+        skv_close(admin);
+        await_new_daemon(before);
+        check_all(skv_now_ns());
+        cr_assert(store_awaited());
+    }
+    kill(pid, SIGCONT);
+    let_go(2);
+    await(3);
+    cr_expect_eq(other->commit, SKV_ELOST);
+    let_go(3);
+    waitpid(pid, NULL, 0);
+    await_store(); /* 20 s at most */
+    check_all(skv_now_ns());
+}
+
 ON_EVERY_BACKEND(a_worker_killed_together_with_the_daemon)
 {
     stage(backend);
