@@ -252,7 +252,7 @@ host: all $(TESTS)
 GPU_TESTS := $(addprefix $(B)/tests/,test_device test_plan_cuda test_products_cuda test_attention_cuda test_layers_cuda)
 .PHONY: test-gpu
 test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel paths, the grid's every cell, then memcheck
-	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart) tests/proc_systemd.sh HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
+	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart test_standby) tests/proc_systemd.sh HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
 	@tests/sanitize_cuda.sh memcheck $(filter-out %/test_plan_cuda,$(GPU_TESTS))
 
 # SCALE=full|ci|FACTOR: the full counts, a tenth of them, or so many times them.
@@ -286,7 +286,7 @@ coverage: ## line coverage of all tests on the host; less than 90 % is a failure
 	@tests/coverage.sh build/cov
 
 # Not under valgrind: threads by the hundred, whole daemons, what is in the page cache, and the layers' arithmetic.
-VALGRIND_NOT := stress_% %_cuda test_admin test_restart test_refusals test_hostile test_gates test_protect test_fdpass test_fdstore \
+VALGRIND_NOT := stress_% %_cuda test_admin test_restart test_standby test_refusals test_hostile test_gates test_protect test_fdpass test_fdstore \
                 test_client% test_mover% test_direct test_store_crash test_layers_host test_reference test_model
 .PHONY: valgrind
 valgrind: ## memcheck over the unit tests of the host build

@@ -25,8 +25,10 @@ ok "which is said" grep -q -- "--protect needs --export fd" "$work/out"
 "$sidekvd" --protect --trust --export ipc --max-users 1 >"$work/out" 2>&1 # what it stumbles over comes later
 ok "--trust takes it back" grep -q -- "--max-users takes" "$work/out"
 
-RESTART_PROTECT=1 RESTART_KILLS=${RESTART_KILLS:-20} timeout 300 "$bin/../tests/test_restart" >"$work/out" 2>&1
-status=$?
-ok "hot restarts, as without protection" [ "$status" = 0 ]
+for test in test_restart test_standby; do
+    RESTART_PROTECT=1 RESTART_KILLS=${RESTART_KILLS:-20} timeout 300 "$bin/../tests/$test" >"$work/out" 2>&1
+    status=$?
+    ok "hot restarts, as without protection: $test" [ "$status" = 0 ]
+done
 
 finish

@@ -4,207 +4,15 @@
  *
  * RESTART_KILLS: how often the daemon is killed under load (default 50). RESTART_PROTECT: all of it
  * under sidekvd --protect. */
-#include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 
-#include "clock.h"
-#include "daemon_rig.h"
-#include "every_backend.h"
-#include "page_bytes.h"
-#include "slow_death.h"
-
-#define USERS 40u
-#define MOST  160u /* tokens of a history */
-#define S     32u
-
-static const struct skv_geometry geometry = {
-    .layers = 2, .heads = 2, .head_dim = 64, .page_tokens = S};
-static struct rig rig;
-static struct skv *skv;
-static struct page_bytes bytes; /* of its pages */
-static bool protect;            /* RESTART_PROTECT: under sidekvd --protect */
-static const char *standby;     /* --standby */
-static uint64_t tokens[USERS][MOST];
-
-/* What a worker knows of a user: committed, and the end of a commit whose answer was lost. */
-static struct {
-    uint32_t committed, perhaps;
-} known[USERS];
-
-static void set_up(void)
-{
-    char keeper[512];
-    rig_program(keeper, sizeof keeper);
-    strcpy(strrchr(keeper, '/'), "/sidekv-keeper");
-    setenv("SIDEKVD", keeper, 1);
-    setenv("SIDEKV_TEST_NO_PAUSE", "1", 1);
-    setenv("SIDEKV_LOG", "error", 0);
-    protect = getenv("RESTART_PROTECT") != NULL;
-    standby = "off";
-    memset(known, 0, sizeof known);
-    for (uint32_t u = 0; u < USERS; u++)
-        for (uint32_t i = 0; i < MOST; i++)
-            tokens[u][i] = (u * 1000 + i + 1) * UINT64_C(0x9e3779b97f4a7c15);
-}
-
-static void tear_down(void)
-{
-    if (skv)
-        page_bytes_close(&bytes);
-    skv_close(skv);
-    skv = NULL;
-    rig_stop(&rig, SIGTERM); /* the keeper passes it on */
-    rig_fini(&rig);
-}
+#include "restart_rig.h"
 
 TestSuite(restart, .init = set_up, .fini = tear_down, .timeout = 300);
 
 #define ON_EVERY_BACKEND(claim) TEST_ON_EVERY_BACKEND(restart, claim, .timeout = 300)
-
-/* A test's first line. */
-static void stage(const struct backend *backend)
-{
-    require(backend);
-    rig_init(&rig);
-    rig.device = backend->name;
-}
-
-static int connect_worker(struct skv **out, struct page_bytes *to)
-{
-    int status =
-        rig_connect(&rig,
-                    (struct skv_options){
-                        .geometry = geometry, .model = {.lo = 5}, .rows = 1, .timeout_ms = 20000},
-                    out);
-    return status ? status : page_bytes_open(to, *out, MOST / S);
-}
-
-static void start(void)
-{
-    /* Protected, a worker's extents are common after a restart, and it takes others: more pool. */
-    const char *const options[] = {
-        "--pool-bytes", protect ? "512M" : "16M",     "--tail-ms", "0", "--standby",
-        standby,        protect ? "--protect" : NULL, NULL};
-    rig_start(&rig, options);
-    cr_assert_eq(connect_worker(&skv, &bytes), 0);
-}
-
-static uint64_t word_of(uint32_t user, uint32_t token)
-{
-    return tokens[user][token] ^ (user + 1) * UINT64_C(0xd6e8feb86659fd93);
-}
-
-/* A user's rows of tokens [begin, end), each all one word: written, or compared. */
-static void write_rows(struct page_bytes *to, const uint32_t *pages, uint32_t user, uint32_t begin,
-                       uint32_t end)
-{
-    for (uint32_t token = begin; token < end; token++)
-        for (uint32_t row = 0; row < page_bytes_rows(to); row++)
-            for (uint32_t i = 0; i < 16; i++)
-                page_bytes_row(to, pages, token, row, true)[i] = word_of(user, token) + row;
-    cr_assert_eq(page_bytes_store(to, pages, begin, end), 0);
-}
-
-static void check_rows(const struct skv_grant *grant, uint32_t user)
-{
-    cr_assert_eq(page_bytes_fetch(&bytes, grant->pages, grant->cached), 0);
-    for (uint32_t token = 0; token < grant->cached; token++)
-        for (uint32_t row = 0; row < page_bytes_rows(&bytes); row++)
-            for (uint32_t i = 0; i < 16; i++)
-                cr_assert_eq(page_bytes_row(&bytes, grant->pages, token, row, false)[i],
-                             word_of(user, token) + row, "user %u, token %u: another's bytes", user,
-                             token);
-}
-
-static int acquire(struct skv *s, uint32_t user, uint32_t history, uint32_t flags,
-                   struct skv_batch *batch)
-{
-    struct skv_request request = {.user = skv_user_integer(user),
-                                  .tokens = tokens[user],
-                                  .history = history,
-                                  .max_cached = UINT32_MAX,
-                                  .flags = flags};
-    return skv_acquire(s, 0, &request, 1, batch);
-}
-
-/* One request: verify what is cached, append the rest. */
-static void serve(uint32_t user, uint32_t history)
-{
-    struct skv_batch batch;
-    cr_assert_eq(acquire(skv, user, history, 0, &batch), 0);
-    const struct skv_grant *grant = &batch.grants[0];
-    uint32_t least = known[user].committed - known[user].committed % S;
-    cr_assert(grant->cached >= (least < history ? least : history), "user %u: %u of %u", user,
-              grant->cached, known[user].committed);
-    check_rows(grant, user);
-    bool appends = grant->flags & SKV_GRANT_APPEND;
-    if (appends)
-        write_rows(&bytes, grant->pages, user, grant->cached, history);
-    struct skv_committed result;
-    int status = skv_commit(skv, &batch, &result);
-    cr_assert(status == 0 || status == SKV_ELOST, "%s", skv_strerror(status));
-    if (status)
-        known[user].perhaps = appends ? history : 0;
-    else
-        known[user].committed = result.committed;
-    if (!status)
-        known[user].perhaps = 0;
-}
-
-/* All of every user is in the pool, and right. Returns milliseconds to the first hit. */
-static double check_all(uint64_t since_ns)
-{
-    double first_ms = 0;
-    for (uint32_t u = 0; u < USERS; u++) {
-        struct skv_batch batch;
-        uint32_t most =
-            known[u].perhaps > known[u].committed ? known[u].perhaps : known[u].committed;
-        if (!most)
-            continue;
-        cr_assert_eq(acquire(skv, u, most, SKV_REQUEST_READ | SKV_REQUEST_NO_ONBOARD, &batch), 0);
-        const struct skv_grant *grant = &batch.grants[0];
-        cr_assert(grant->gpu_tokens >= known[u].committed && grant->gpu_tokens <= most,
-                  "user %u has %u tokens in the pool, committed were %u", u, grant->gpu_tokens,
-                  known[u].committed);
-        if (!first_ms)
-            first_ms = (double)(skv_now_ns() - since_ns) / 1e6;
-        check_rows(grant, u);
-        known[u].committed = grant->cached;
-        known[u].perhaps = 0;
-        cr_assert_eq(skv_release(skv, &batch), 0);
-    }
-    return first_ms;
-}
-
-static void fill(void)
-{
-    for (uint32_t u = 0; u < USERS; u++)
-        serve(u, 20 + u * 3);
-}
-
-/* Free pages once everybody has settled; the pool's pages less those of the known users. */
-static bool nothing_leaks(void)
-{
-    uint64_t used = 0;
-    for (uint32_t u = 0; u < USERS; u++)
-        used += (known[u].committed + S - 1) / S;
-    struct skv_stats stats;
-    for (int i = 0; i < 400; i++) {
-        if (skv_stats(skv, &stats))
-            return false;
-        if (stats.pool_pages - stats.pool_pages_free == used)
-            return true;
-        poll(NULL, 0, 10);
-    }
-    fprintf(stderr, "%llu pages in use, %llu expected\n",
-            (unsigned long long)(stats.pool_pages - stats.pool_pages_free),
-            (unsigned long long)used);
-    return false;
-}
 
 /* ---- the daemon killed ---- */
 
@@ -229,22 +37,6 @@ static int compare(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
     return x < y ? -1 : x > y;
-}
-
-/* The one that waits beside the daemon, its device open; not `before`, which is on its way out. */
-static pid_t await_standby(pid_t before)
-{
-    struct skv_stats stats;
-    pid_t pids[4] = {0}, daemon = (pid_t)skv_server(skv)->pid;
-    for (int i = 0; i < 20000; i++, poll(NULL, 0, 1)) {
-        cr_assert_eq(skv_stats(skv, &stats), 0);
-        uint32_t count = children(rig.daemon, pids);
-        pid_t other = pids[pids[0] == daemon];
-        if (stats.standby && count == 2 && other != before)
-            return other;
-    }
-    cr_assert_fail("nobody waits");
-    return 0;
 }
 
 struct times {
@@ -346,15 +138,6 @@ ON_EVERY_BACKEND(a_planned_one_fails_no_request)
     cr_expect(nothing_leaks());
 }
 
-static void await_new_daemon(uint32_t before)
-{
-    for (int i = 0; i < 20000 && skv_server(skv)->pid == before; i++) {
-        skv_ping(skv, NULL);
-        poll(NULL, 0, 1);
-    }
-    cr_assert_neq(skv_server(skv)->pid, before);
-}
-
 /* ---- before the store is there ---- */
 
 static char hold[128]; /* while there is such a file, the store's check takes */
@@ -363,20 +146,6 @@ static void hold_checks(void)
 {
     snprintf(hold, sizeof hold, "%s/hold", rig.directory);
     setenv("SIDEKV_TEST_CHECK", hold, 1);
-}
-
-static bool store_awaited(void)
-{
-    struct skv_stats stats;
-    cr_assert_eq(skv_stats(skv, &stats), 0);
-    return stats.store_awaited;
-}
-
-static void await_store(void)
-{
-    for (int i = 0; i < 20000 && store_awaited(); i++)
-        poll(NULL, 0, 1);
-    cr_assert_not(store_awaited());
 }
 
 /* The daemon is killed; the next one serves, and its store is not there. */
@@ -784,7 +553,7 @@ ON_EVERY_BACKEND(killed_again_before_it_serves)
     cr_expect(nothing_leaks());
 }
 
-/* ---- a standby ---- */
+/* ---- the keeper ---- */
 
 static int pidfd_of(pid_t pid)
 {
@@ -801,95 +570,6 @@ static bool ends(int pidfd)
     close(pidfd);
     return ended;
 }
-
-ON_EVERY_BACKEND(a_standby_that_dies_is_replaced_and_nobody_notices)
-{
-    stage(backend);
-    standby = "on";
-    start();
-    fill();
-    uint32_t daemon = skv_server(skv)->pid;
-    pid_t waiting = await_standby(0);
-    for (int round = 0; round < 4; round++) {
-        cr_expect_eq(memfds_of(waiting), 0, "it has something already");
-        kill(waiting, round % 2 ? SIGTERM : SIGKILL);
-        for (uint32_t u = 0; u < USERS; u++) {
-            serve(u, known[u].committed + 1);
-            cr_assert_eq(known[u].perhaps, 0, "a commit was lost");
-        }
-        waiting = await_standby(waiting);
-        cr_assert_eq(skv_server(skv)->pid, daemon);
-    }
-    kill((pid_t)daemon, SIGKILL);
-    await_new_daemon(daemon);
-    cr_expect_eq(skv_server(skv)->pid, (uint32_t)waiting);
-    check_all(skv_now_ns());
-    cr_expect(nothing_leaks());
-}
-
-ON_EVERY_BACKEND(killed_together_with_its_standby)
-{
-    stage(backend);
-    standby = "on";
-    start();
-    fill();
-    for (int round = 0; round < 6; round++) {
-        pid_t daemon = (pid_t)skv_server(skv)->pid, waiting = await_standby(0);
-        kill(round % 2 ? waiting : daemon, SIGKILL);
-        usleep(round / 2 * 500);
-        kill(round % 2 ? daemon : waiting, SIGKILL);
-        await_new_daemon((uint32_t)daemon);
-        cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
-        check_all(skv_now_ns());
-        await_store();
-        for (uint32_t u = 0; u < USERS; u += 5)
-            serve(u, known[u].committed + 1);
-    }
-    cr_expect(nothing_leaks());
-}
-
-ON_EVERY_BACKEND(a_keeper_told_to_end_leaves_no_standby)
-{
-    stage(backend);
-    standby = "on";
-    start();
-    fill();
-    pid_t waiting = await_standby(0);
-    int status;
-    kill(rig.daemon, SIGTERM);
-    cr_assert_eq(waitpid(rig.daemon, &status, 0), rig.daemon);
-    rig.daemon = 0;
-    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-    cr_expect(kill(waiting, 0) != 0, "it was left behind");
-}
-
-/* As a device may, that fails while nobody uses it. The host's: there is no address space left. */
-Test(restart, a_standby_that_cannot_take_the_pool_leaves_it_to_another)
-{
-    struct backend host = {"host"};
-    char path[64];
-    unsigned long long pages = 0;
-    stage(&host);
-    standby = "on";
-    start();
-    fill();
-    uint32_t before = skv_server(skv)->pid;
-    pid_t waiting = await_standby(0);
-    poll(NULL, 0, 1100); /* beyond DEVICE_OLD_NS */
-    snprintf(path, sizeof path, "/proc/%d/statm", (int)waiting);
-    FILE *file = fopen(path, "re");
-    cr_assert(file && fscanf(file, "%llu", &pages) == 1);
-    fclose(file);
-    struct rlimit limit = {.rlim_cur = pages * 4096 + (8u << 20), .rlim_max = RLIM_INFINITY};
-    cr_assert_eq(prlimit(waiting, RLIMIT_AS, &limit, NULL), 0);
-    kill((pid_t)before, SIGKILL);
-    await_new_daemon(before);
-    cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
-    check_all(skv_now_ns());
-    cr_expect(nothing_leaks());
-}
-
-/* ---- the keeper ---- */
 
 ON_EVERY_BACKEND(without_its_keeper_the_daemon_goes_on)
 {
@@ -917,26 +597,6 @@ ON_EVERY_BACKEND(without_its_keeper_the_daemon_goes_on)
     kill(daemon, SIGKILL);
     while (!skv_lost(skv))
         poll(NULL, 0, 1);
-}
-
-/* A keeper whose daemons take more arguments from a file. */
-static void start_extensible(const char *const options[], char *extra, size_t size)
-{
-    char path[512], command[1600];
-    snprintf(extra, size, "%s/extra", rig.directory);
-    rig_program(path, sizeof path); /* SIDEKVD: the keeper */
-    *strrchr(path, '/') = 0;
-    snprintf(command, sizeof command,
-             "cp %s/sidekv-keeper %s/keeper && : >%s && "
-             "printf '#!/bin/sh\\nexec %s/sidekvd \"$@\" $(cat %s)\\n' >%s/sidekvd && "
-             "chmod +x %s/sidekvd",
-             path, rig.directory, extra, path, extra, rig.directory, rig.directory);
-    cr_assert_eq(system(command), 0);
-    snprintf(path, sizeof path, "%s/keeper", rig.directory);
-    setenv("SIDEKVD", path, 1);
-    rig_start(&rig, options);
-    cr_assert_eq(connect_worker(&skv, &bytes), 0);
-    fill();
 }
 
 ON_EVERY_BACKEND(a_pool_that_becomes_protected_is_mapped_anew)
@@ -988,85 +648,4 @@ ON_EVERY_BACKEND(another_geometry_starts_afresh)
     cr_assert_eq(skv_stats(skv, &stats), 0);
     cr_expect_eq(stats.pool_pages_free, stats.pool_pages);
     cr_expect_eq(stats.users_resident, 0);
-}
-
-/* Its device fails, say. */
-ON_EVERY_BACKEND(a_standby_that_cannot_be_started_harms_nobody)
-{
-    stage(backend);
-    char command[256], extra[128];
-    static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0",
-                                          "--standby",    "on",   NULL};
-    start_extensible(options, extra, sizeof extra);
-    uint32_t before = skv_server(skv)->pid;
-    struct skv_stats stats;
-    pid_t waiting = await_standby(0);
-    snprintf(command, sizeof command, "echo --device cuda:99 >%s", extra);
-    cr_assert_eq(system(command), 0);
-    kill(waiting, SIGKILL);
-    for (stats.standby = 1; stats.standby; poll(NULL, 0, 1)) /* till the keeper knows */
-        cr_assert_eq(skv_stats(skv, &stats), 0);
-    for (int i = 0; i < 300; i++, poll(NULL, 0, 1)) { /* others are started, and die */
-        uint32_t user = (uint32_t)i % USERS;
-        serve(user, known[user].committed < MOST ? known[user].committed + 1 : MOST);
-        cr_assert_eq(known[user].perhaps, 0, "a commit was lost");
-    }
-    cr_assert_eq(skv_stats(skv, &stats), 0);
-    cr_expect_eq(stats.standby, 0);
-    snprintf(command, sizeof command, ": >%s", extra);
-    cr_assert_eq(system(command), 0);
-    kill((pid_t)before, SIGKILL); /* in a pause, most likely */
-    await_new_daemon(before);
-    check_all(skv_now_ns());
-    await_standby(0);
-    cr_expect(nothing_leaks());
-}
-
-static bool runs_installed(const char *program)
-{
-    char path[64];
-    struct stat runs, installed;
-    snprintf(path, sizeof path, "/proc/%u/exe", skv_server(skv)->pid);
-    return stat(path, &runs) == 0 && stat(program, &installed) == 0 &&
-           runs.st_ino == installed.st_ino && runs.st_dev == installed.st_dev;
-}
-
-ON_EVERY_BACKEND(whoever_takes_over_is_the_program_that_is_installed)
-{
-    stage(backend);
-    char path[512], program[128], command[1200];
-    static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0",
-                                          "--standby",    "on",   NULL};
-    struct skv_options admins = {.admin = true, .timeout_ms = 20000};
-    rig_program(path, sizeof path); /* SIDEKVD: the keeper */
-    *strrchr(path, '/') = 0;
-    snprintf(program, sizeof program, "%s/sidekvd", rig.directory);
-    snprintf(command, sizeof command, "cp %s/sidekv-keeper %s/sidekvd %s", path, path,
-             rig.directory);
-    cr_assert_eq(system(command), 0);
-    snprintf(path, sizeof path, "%s/sidekv-keeper", rig.directory);
-    setenv("SIDEKVD", path, 1);
-    rig_start(&rig, options);
-    cr_assert_eq(connect_worker(&skv, &bytes), 0);
-    fill();
-    for (int round = 0; round < 3; round++) {
-        uint32_t before = skv_server(skv)->pid;
-        pid_t waiting = await_standby(0);
-        struct skv *admin;
-        snprintf(command, sizeof command, "cp %s %s.new && mv %s.new %s", program, program, program,
-                 program);
-        cr_assert_eq(system(command), 0);
-        cr_expect_not(runs_installed(program));
-        cr_assert_eq(rig_connect(&rig, admins, &admin), 0);
-        if (round == 1)
-            cr_assert_eq(skv_restart(admin), 0);
-        else
-            kill((pid_t)before, SIGKILL);
-        await_new_daemon(before);
-        skv_close(admin);
-        cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
-        cr_expect(runs_installed(program), "round %d", round);
-        cr_expect(kill(waiting, 0) != 0, "it was left behind");
-        check_all(skv_now_ns());
-    }
 }
