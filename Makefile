@@ -252,7 +252,7 @@ host: all $(TESTS)
 GPU_TESTS := $(addprefix $(B)/tests/,test_device test_plan_cuda test_products_cuda test_attention_cuda test_layers_cuda)
 .PHONY: test-gpu
 test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel paths, the grid's every cell, then memcheck
-	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart test_standby) tests/proc_systemd.sh HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
+	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart test_standby test_protect) tests/proc_systemd.sh HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
 	@tests/sanitize_cuda.sh memcheck $(filter-out %/test_plan_cuda,$(GPU_TESTS))
 
 # SCALE=full|ci|FACTOR: the full counts, a tenth of them, or so many times them.

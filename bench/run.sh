@@ -59,8 +59,8 @@ for part in $parts; do
             echo "replay: name a MovieLens ratings.csv (SIDEKV_RATINGS=... make bench) for its figures"
         fi
         ;;
-    protect) # the same requests with and without, in turns
-        for option in "" --protect "" --protect; do
+    protect) # the same requests without and with, in turns
+        for option in --trust "" --trust ""; do
             run "$bin/sidekv" replay --generate --device $device --model tiny --workers 2 $option
         done
         ;;

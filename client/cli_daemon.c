@@ -89,8 +89,8 @@ static void exec_daemon(const struct replay_daemon_options *options, struct repl
             *next++ = (char *)(uintptr_t)pairs[i][0];
             *next++ = (char *)(uintptr_t)pairs[i][1];
         }
-    if (options->protect)
-        *next++ = "--protect";
+    if (options->protection)
+        *next++ = (char *)(uintptr_t)options->protection;
     *next = NULL;
     setenv("NOTIFY_SOCKET", notify, 1);
     setenv("SIDEKV_LOG", "warn", 0);

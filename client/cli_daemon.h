@@ -8,7 +8,7 @@ struct replay_daemon_options {
     const char *model, *device;
     const char *store;                    /* kept; NULL: a temporary one */
     const char *pool_bytes, *store_bytes; /* passed on as they are; NULL: the daemon's defaults */
-    bool protect;
+    const char *protection;               /* --protect or --trust; NULL: likewise */
 };
 
 struct replay_daemon {

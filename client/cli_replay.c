@@ -57,7 +57,8 @@ static const char help[] =
     "the cache: a private daemon, unless --socket names one\n"
     "  --store DIR            its store, kept afterwards (default: temporary)\n"
     "  --pool-bytes SIZE, --store-bytes SIZE\n"
-    "  --protect              workers write to nothing but extents of their own\n"
+    "  --protect|--trust      workers can write to extents of their own only; or to the whole "
+    "pool\n"
     "  --no-cache             recompute everything, no daemon\n"
     "  --compare              with cache, then without, side by side\n"
     "  --verify FRACTION      recompute that share of requests without cache: scores and cached\n"
@@ -91,6 +92,7 @@ enum {
     POOL_BYTES,
     STORE_BYTES,
     PROTECT,
+    TRUST,
     NO_CACHE,
     COMPARE,
     VERIFY,
@@ -120,6 +122,7 @@ static const struct option table[] = {
     {"pool-bytes", required_argument, NULL, POOL_BYTES},
     {"store-bytes", required_argument, NULL, STORE_BYTES},
     {"protect", no_argument, NULL, PROTECT},
+    {"trust", no_argument, NULL, TRUST},
     {"no-cache", no_argument, NULL, NO_CACHE},
     {"compare", no_argument, NULL, COMPARE},
     {"verify", required_argument, NULL, VERIFY},
@@ -224,7 +227,11 @@ static bool take(struct options *o, int option, const char *value)
     case GENERATE:
         return o->generated = true;
     case PROTECT:
-        return o->daemon.protect = true;
+        o->daemon.protection = "--protect";
+        return true;
+    case TRUST:
+        o->daemon.protection = "--trust";
+        return true;
     case NO_CACHE:
         return o->no_cache = true;
     case COMPARE:
@@ -266,7 +273,7 @@ static bool take(struct options *o, int option, const char *value)
 static int check_options(const struct options *o, uint64_t given)
 {
     bool own =
-        o->daemon.store || o->daemon.pool_bytes || o->daemon.store_bytes || o->daemon.protect;
+        o->daemon.store || o->daemon.pool_bytes || o->daemon.store_bytes || o->daemon.protection;
     if (o->generated == (o->log != NULL))
         return usage(o->log ? "LOG and --generate exclude each other"
                             : "what to replay? Name a LOG, or --generate one");
@@ -277,9 +284,8 @@ static int check_options(const struct options *o, uint64_t given)
     if (o->no_cache && (o->run.verify > 0 || o->compare || o->socket))
         return usage("--no-cache uses no daemon, and leaves nothing to verify or compare");
     if (o->socket && own)
-        return usage("--store, --pool-bytes, --store-bytes and --protect are for a daemon of "
-                     "replay's own, not "
-                     "for the one at --socket");
+        return usage("--store, --pool-bytes, --store-bytes, --protect and --trust are for a daemon "
+                     "of replay's own, not for the one at --socket");
     if (o->run.flip && o->run.verify == 0)
         return usage("--flip-token is found by --verify");
     if (o->socket && strlen(o->socket) >= sizeof o->run.header.socket)

@@ -355,7 +355,10 @@ static void grant_one(struct skv_cache *cache, struct granting *g, uint32_t entr
     skv_records_touch(&cache->records, m.owner);
     skv_residence_touch(&cache->residences, record->residence);
     struct residence *r = residence_at(cache, record->residence);
-    uint32_t before = cached < r->tokens ? cached : r->tokens, had = r->pages;
+    /* An onboarded tail lies in a common extent: who is to append does without it. */
+    if (wants && cache->residences.protect && cached > r->tokens)
+        cached -= cached % size;
+    uint32_t all = cached, before = cached < r->tokens ? cached : r->tokens, had = r->pages;
     uint64_t loading = r->load_job; /* by another batch, or for an earlier entry of this one */
     if (cached > r->tokens) {
         uint32_t want = pages_of(cache, cached);
@@ -373,7 +376,7 @@ static void grant_one(struct skv_cache *cache, struct granting *g, uint32_t entr
     grant->gpu_tokens = before;
     if (r->pages > had)
         grant->flags |= SKV_GRANT_STORE;
-    if (wants && cached == m.committed)
+    if (wants && cached == all)
         append(cache, g, entry, m.owner, grant);
     if (grant->gpu_tokens > grant->cached)
         grant->gpu_tokens = grant->cached;

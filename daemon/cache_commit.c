@@ -94,7 +94,8 @@ static bool is_stale(struct skv_cache *cache, const struct lease *lease)
     if (r->record == SKV_NONE || cache->records.all[r->record].generation != lease->generation)
         return true;
     /* A tail can be swapped only for a list whose pages are all there. (It was asked for while a
-     * fenced session held the tail that is still being loaded.) */
+     * fenced session held the tail that is still being loaded; or, in a protected pool, while
+     * somebody who reads has it loaded.) */
     return r->loads && r->pages > lease->base;
 }
 

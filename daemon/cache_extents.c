@@ -1,6 +1,7 @@
 /* Who may write which part of a protected pool. Pages lie in extents (whole allocations of the
  * pool), and a worker has a writable view of those extents only that are its own; so its append
- * pages come from there, and a half-filled tail anywhere else is not appended to.
+ * pages come from there, and a half-filled tail anywhere else is not appended to, nor onboarded for
+ * who will append.
  *
  * A session takes free extents as it needs them, the next one before its last is full. Its share
  * is bounded, so that onboards (which fill common extents, and always have one left) and other

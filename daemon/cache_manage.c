@@ -124,6 +124,7 @@ void skv_cache_stats(const struct skv_cache *cache, struct skv_stats *stats)
     *stats = cache->stats;
     stats->pool_pages = cache->residences.pages;
     stats->pool_pages_free = cache->residences.free_pages;
+    stats->pool_protected = cache->residences.protect;
     if (cache->residences.protect) {
         const struct owner *owners = cache->residences.owners;
         stats->extents = cache->residences.extents;

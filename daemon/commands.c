@@ -547,7 +547,7 @@ static void serve_entry(struct peer *peer)
 uint32_t skv_peer_serve(struct peer *peer, uint32_t limit)
 {
     uint32_t done = 0;
-    if (peer->daemon->options.protect && peer->slot >= 0) {
+    if (peer->daemon->protect && peer->slot >= 0) {
         /* Pairs with the client's release: it has unmapped by now. */
         uint32_t viewed = __atomic_load_n(&peer->ring->viewed, __ATOMIC_ACQUIRE);
         if (viewed != peer->viewed)

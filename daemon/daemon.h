@@ -87,6 +87,7 @@ struct daemon {
     int turn;              /* another one: it is this daemon's turn */
     uint64_t device_ns[2]; /* when it began and ended */
     struct skv_pool *pool;
+    bool protect;              /* workers write to extents of their own only */
     struct skv_store *claimed; /* prepared, then locked and being checked, until it is on its way */
     struct arrival *arrival;   /* it is; or NULL: it is there, or there is none */
     struct skv_bell arrival_bell;

@@ -28,7 +28,7 @@
 #include "sigbus.h"
 
 #define PROTECT_EXTENTS 128u /* of a protected pool: several for each of many workers */
-#define PROTECT_FEW     16u  /* fewer are worth a warning */
+#define PROTECT_FEW     16u  /* fewer: too few for workers to have some each */
 #define PIN_AFTER_MS    100  /* later than that a killed daemon is seldom gone */
 #define ARRIVAL_NS                                                                                 \
     UINT64_C(50000000) /* a hot restart waits for its store, from its claim on: small ones are     \
@@ -147,6 +147,7 @@ static int make_pool(struct daemon *daemon)
 {
     struct options *o = &daemon->options;
     const struct skv_device_info *device = skv_device_info(daemon->device);
+    bool split = o->protection != PROTECTION_OFF && o->export == SKV_EXPORT_FD;
     int taken = skv_kept_take_pool(daemon);
     if (taken != SKV_ENOENT)
         return taken;
@@ -157,13 +158,34 @@ static int make_pool(struct daemon *daemon)
     }
     for (;;) {
         uint64_t page_bytes = skv_page_bytes(&o->geometry);
-        int status = o->protect ? skv_pool_create_split(daemon->device, o->pool_bytes, page_bytes,
-                                                        PROTECT_EXTENTS, &daemon->pool)
-                                : skv_pool_create(daemon->device, o->pool_bytes, page_bytes,
-                                                  o->export, &daemon->pool);
+        int status = split ? skv_pool_create_split(daemon->device, o->pool_bytes, page_bytes,
+                                                   PROTECT_EXTENTS, &daemon->pool)
+                           : skv_pool_create(daemon->device, o->pool_bytes, page_bytes, o->export,
+                                             &daemon->pool);
         if (status != SKV_ENOMEM || !worth_waiting(daemon->start_by_ns, "memory"))
             return status;
     }
+}
+
+/* For the pool that there is, which an earlier daemon may have made with other options. */
+static void decide_protection(struct daemon *daemon)
+{
+    enum protection wanted = daemon->options.protection;
+    const struct skv_pool_handles *pool = skv_pool_exported(daemon->pool);
+    bool few = pool->extents < PROTECT_FEW;
+    daemon->protect = wanted == PROTECTION_ON || (wanted == PROTECTION_AUTO && !few);
+    if (wanted == PROTECTION_ON && few)
+        skv_warn("--protect: %u extents are few: each worker needs some of its own. A larger "
+                 "--pool-bytes makes more",
+                 pool->extents);
+    else if (wanted == PROTECTION_AUTO && pool->export != SKV_EXPORT_FD)
+        skv_warn("not protected: with --export ipc a worker's stray write can hit any page. "
+                 "--export fd protects; --trust says that it is meant");
+    else if (wanted == PROTECTION_AUTO && few)
+        skv_warn("not protected: a worker's stray write can hit any page, since %u extents are too "
+                 "few for workers to have some of their own. A larger --pool-bytes makes more; "
+                 "--trust says that it is meant",
+                 pool->extents);
 }
 
 /* Forks the process that checks the store: before there are threads or a device. */
@@ -274,7 +296,7 @@ static int open_cache(struct daemon *daemon)
     uint64_t pages = daemon->table->pages;
     uint64_t extent_bytes = skv_pool_exported(daemon->pool)->extent_bytes;
     uint32_t extent_pages =
-        o->protect ? (uint32_t)(extent_bytes / skv_page_bytes(&o->geometry)) : 0;
+        daemon->protect ? (uint32_t)(extent_bytes / skv_page_bytes(&o->geometry)) : 0;
     int status =
         skv_cache_open(&(struct skv_cache_options){.geometry = o->geometry,
                                                    .pages = (uint32_t)pages,
@@ -322,11 +344,7 @@ static int open_all(struct daemon *daemon)
                   (unsigned long long)pages, UINT32_MAX - 1);
         return SKV_EINVAL;
     }
-    uint32_t extents = skv_pool_exported(daemon->pool)->extents;
-    if (o->protect && extents < PROTECT_FEW)
-        skv_warn("--protect: %u extents are few: each worker needs some of its own. A larger "
-                 "--pool-bytes makes more",
-                 extents);
+    decide_protection(daemon);
     int made;
     if ((status = make_table(daemon, pages, &made)))
         return status;

@@ -34,7 +34,9 @@ static const char help[] =
     "  --export fd|ipc      how workers get the pool: POSIX fds (default), or one CUDA IPC handle\n"
     "  --protect|--trust    workers map the pool read-only, but for extents of their own to append "
     "to\n"
-    "                       (with fds only); or all of it for writing (default)\n"
+    "                       (with fds only); or all of it for writing. Default: protected, where "
+    "the\n"
+    "                       pool comes to 16 extents or more\n"
     "  --pool-bytes SIZE    KV pages (default: CUDA free memory less the larger of 8G and a "
     "quarter;\n"
     "                       host: an eighth of the memory, at most 4G)\n"
@@ -232,9 +234,10 @@ static bool take(struct options *o, int option, const char *value)
         o->standby = (enum standby)(picked = choice(value, standbys, 3));
         return picked >= 0;
     case OPT_PROTECT:
-        return o->protect = true;
+        o->protection = PROTECTION_ON;
+        return true;
     case OPT_TRUST:
-        o->protect = false;
+        o->protection = PROTECTION_OFF;
         return true;
     case OPT_EPOLL:
         return o->epoll = true;
@@ -286,7 +289,7 @@ int options_parse(int argc, char **argv, struct options *out)
             "a geometry has 1 to 64 layers and heads, head dim 64, 128 or 256, and 16, 32, "
             "64 or 128 tokens a page",
             NULL);
-    if (out->protect && out->export != SKV_EXPORT_FD)
+    if (out->protection == PROTECTION_ON && out->export != SKV_EXPORT_FD)
         return usage("--protect needs --export fd", NULL);
     if (out->max_users < 1024 || out->max_users > 1u << 28)
         return usage("--max-users takes 1024 to 268435456", NULL);

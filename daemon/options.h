@@ -8,6 +8,9 @@
 /* May the next daemon wait beside this one? auto: where opening a device takes long. */
 enum standby { STANDBY_AUTO, STANDBY_ON, STANDBY_OFF };
 
+/* May workers write to extents of their own only? auto: where the pool has enough of them. */
+enum protection { PROTECTION_AUTO, PROTECTION_ON, PROTECTION_OFF };
+
 struct options {
     const char *socket;
     const char *store; /* NULL: none */
@@ -16,10 +19,11 @@ struct options {
     enum skv_export export;
     enum skv_durability durability;
     enum standby standby;
+    enum protection protection;
     uint64_t pool_bytes, store_bytes, pin_bytes, staging_bytes; /* 0: by the machine */
     uint32_t tail_ms, spin_us, lease_ms, start_wait_ms;
     uint32_t max_users;
-    bool epoll, protect;
+    bool epoll;
 };
 
 /* Fills it from the arguments and the defaults. Returns -1 to go on, else the exit status: 0 after

@@ -468,7 +468,7 @@ static bool welcome(struct peer *peer)
         .descriptors = daemon->table->pages,
         .session_bytes = wire_session_bytes(peer->rows),
         .pool_id = skv_kept_pool_id(daemon),
-        .protect = daemon->options.protect,
+        .protect = daemon->protect,
     };
     memcpy(answer.uuid, device->uuid, sizeof answer.uuid);
     memcpy(answer.ipc, handles->ipc, sizeof answer.ipc);

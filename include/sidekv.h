@@ -157,9 +157,9 @@ bool skv_lost(const struct skv *skv);
  * pointer on the host backend). */
 void *skv_pool_base(const struct skv *skv);
 /* Where to write: page p is at this base + p * page_bytes too, but only there can be written, and
- * only to the pages that a grant lets append to: where the daemon protects the pool (sidekvd
- * --protect) nothing else is mapped there, and the pool at skv_pool_base() is mapped read-only. The
- * same address as skv_pool_base() otherwise. */
+ * only to the pages that a grant lets append to: where the daemon protects the pool, as it
+ * does by default, nothing else is mapped there, and the pool at skv_pool_base() is mapped
+ * read-only. The same address as skv_pool_base() otherwise. */
 void *skv_pool_append_base(const struct skv *skv);
 uint64_t skv_pool_pages(const struct skv *skv);
 
@@ -288,7 +288,8 @@ int skv_list(struct skv *skv, uint64_t *cursor, struct skv_user_info *infos, uin
     X(pool_pages, "pages in the pool")                                                             \
     X(pool_pages_free, "pages free now")                                                           \
     X(pool_pages_quarantined, "pages waiting for a fenced session to be gone, now")                \
-    X(extents, "extents of a protected pool (sidekvd --protect)")                                  \
+    X(pool_protected, "1 when workers can write to nothing but extents of their own")              \
+    X(extents, "extents of a protected pool")                                                      \
     X(extents_free, "of these, without a page in use, now")                                        \
     X(extents_common, "of these, shared: filled by onboards or given up, now")                     \
     X(extents_owned, "of these, writable by a worker, now")                                        \

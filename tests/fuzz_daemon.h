@@ -148,11 +148,11 @@ static inline void fuzz_start(bool store)
     rig_init(&fuzz_rig);
     atexit(fuzz_end);
     d->options = (struct options){.geometry = fuzz_geometry,
-                                  .protect = store, /* in entries: lists of views are told, too */
                                   .export = SKV_EXPORT_FD,
                                   .pool_bytes = FUZZ_POOL_BYTES,
                                   .staging_bytes = UINT64_C(1) << 20,
                                   .store = store ? fuzz_rig.store : NULL};
+    d->protect = store; /* in entries: lists of views are told, too */
     d->free_ns = d->now_ns = skv_now_ns();
     d->session_ids = d->now_ns;
     d->generation_limit = UINT64_MAX;

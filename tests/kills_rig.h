@@ -11,7 +11,8 @@
 #include "prove.h"
 
 #define RIGS     2u
-#define POOL     "8M" /* 256 pages; all users have some 400 */
+#define POOL     "8M"  /* 256 pages; all users have some 400 */
+#define GUARDED  "16M" /* a protected pool: 8 extents, one for each session to append to */
 #define LEASE_MS 30u
 #define SLOW_NS  UINT64_C(3000000000) /* worth a line */
 #define TIMES    8192u
@@ -348,9 +349,12 @@ static void quiet(void)
 
 static void start(void)
 {
-    /* Tails unstored for long in one rig, hardly ever in the other; and one has a standby. */
-    const char *const options[] = {"--pool-bytes",
-                                   POOL,
+    /* Tails unstored for long in one rig, hardly ever in the other; one has a standby; and one, by
+     * the seed, a protected pool. */
+    bool protect = board->rig == board->seed % RIGS;
+    const char *const options[] = {protect ? "--protect" : "--trust",
+                                   "--pool-bytes",
+                                   protect ? GUARDED : POOL,
                                    "--lease-ms",
                                    "30",
                                    "--tail-ms",

@@ -1,5 +1,5 @@
 #!/bin/bash
-# sidekvd --protect with real workers, on the host device: right scores, a hot restart, what it does not go with.
+# Protected pools with real workers, on the host device: which are, right scores, a hot restart, what protection does not go with.
 # usage: tests/proc_protect.sh   SIDEKV_BIN: see process.sh; the test programs are beside it
 . "$(dirname "$0")/process.sh"
 made_up() { replay --generate --users 30 --events-total 1500 --json "$@"; }
@@ -17,6 +17,20 @@ ok "four on a small pool, killed now and then" right
 ok "with workers killed" [ "$(field worker_restarts)" -ge 5 ]
 made_up --protect --verify 1 --workers 3 --pool-bytes 2M
 ok "one extent for three workers: less is cached, nothing is wrong" right
+
+protected() { cli stats && [ "$(sed -n 's/^pool_protected *\([0-9]*\).*/\1/p' "$work/out")" = "$1" ]; }
+start sidekvd
+ok "a pool of 64M is protected by default" protected 1
+ok "of which the log says nothing" [ "$(grep -c protect "$work/log")" = 0 ]
+stop TERM
+start sidekvd --pool-bytes 8M
+ok "one of 8M is not" protected 0
+ok "which the log says, and what to do" grep -q "not protected: .*4 extents.*--pool-bytes" "$work/log"
+stop TERM
+start sidekvd --trust
+ok "nor is one under --trust" protected 0
+ok "as it was told" [ "$(grep -c protect "$work/log")" = 0 ]
+stop TERM
 
 "$sidekvd" --protect --export ipc --socket "$work/s" --store none >"$work/out" 2>&1
 status=$?

@@ -143,7 +143,7 @@ ok "two workers fill the pool" right
 echo "# device $(field device)"
 [ "$(field device)" = host ] && events=4000 || events=50000 # some seconds
 users=$(count_of users_resident)
-held=$((192 / 64 + 3)) # extents; tables, sidekvd
+held=$((192 / 2 + 3)) # extents; tables, sidekvd
 ok "systemd holds the pool, and no worker that has ended" becomes $held unit NFileDescriptorStore
 
 for who in keeper both daemon; do

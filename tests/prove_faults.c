@@ -234,7 +234,7 @@ static bool slot_bytes(uint8_t *page, uint32_t slot, uint64_t value, bool write)
 static void fill(struct run *run, struct skv *skv, const uint64_t *tokens, uint32_t user,
                  const struct skv_grant *grant, uint32_t from, uint32_t to, bool write)
 {
-    uint8_t *pool = skv_pool_base(skv);
+    uint8_t *pool = write ? skv_pool_append_base(skv) : skv_pool_base(skv);
     for (uint32_t t = from; t < to; t++) {
         uint8_t *page = pool + grant->pages[t / 32] * skv_page_bytes(&GEOMETRY);
         if (!slot_bytes(page, t % 32, tokens[t], write))

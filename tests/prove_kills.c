@@ -7,7 +7,8 @@
  * daemons, 200 keepers. A rig goes through four acts: workers die, under one daemon whose fds and
  * memory are as before at the end; daemons die under the keeper; keepers die, and the next one
  * starts from the store; daemons without a keeper die. In one rig of the two a standby waits beside
- * the daemon, and is killed with it or just before, one time in four.
+ * the daemon, and is killed with it or just before, one time in four; in one, the other with the
+ * next seed, the pool is protected.
  *
  * On a GPU (--device cuda, or PROVE_DEVICE=cuda) every process makes a context first, and kills are
  * fewer, at least 200 of each kind: three workers a rig, and all users are compared after each
@@ -235,6 +236,7 @@ static void play(uint32_t which)
     kept = true;
     start();
     open_session();
+    printf("kills: rig %u: a %s pool\n", which, skv_server(skv)->protect ? "protected" : "trusted");
     for (uint32_t w = 0; w < pace->workers; w++)
         spawn(w);
     for (uint32_t act = 0; act < sizeof acts / sizeof *acts; act++) {

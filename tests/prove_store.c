@@ -242,12 +242,12 @@ static int request(struct skv *skv, uint32_t user, struct user u, bool append)
         }
         const struct skv_grant *grant = &batch.grants[0];
         uint32_t cached = grant->cached, all = grant->flags & SKV_GRANT_APPEND ? u.tokens : cached;
-        uint8_t *base = skv_pool_base(skv);
+        uint8_t *base = skv_pool_base(skv), *append_base = skv_pool_append_base(skv);
         for (uint32_t i = 0; i < cached; i++)
             if (!is_token(base + grant->pages[i / S] * (uint64_t)PAGE_BYTES, tokens, i))
                 return fprintf(stderr, "user %u, token %u: wrong bytes\n", user, i), -1;
         for (uint32_t i = cached; i < all; i++)
-            write_token(base + grant->pages[i / S] * (uint64_t)PAGE_BYTES, tokens, i);
+            write_token(append_base + grant->pages[i / S] * (uint64_t)PAGE_BYTES, tokens, i);
         rc = append ? skv_commit(skv, &batch, NULL) : skv_release(skv, &batch);
         return rc ? -1 : (int)all;
     }

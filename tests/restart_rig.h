@@ -235,18 +235,19 @@ static inline void await_store(void)
     cr_assert_not(store_awaited());
 }
 
-/* A keeper whose daemons take more arguments from a file. */
-static inline void start_extensible(const char *const options[], char *extra, size_t size)
+/* A keeper whose daemons take more arguments from a file, the first one `first`. */
+static inline void start_extensible(const char *const options[], const char *first, char *extra,
+                                    size_t size)
 {
     char path[512], command[1600];
     snprintf(extra, size, "%s/extra", rig.directory);
     rig_program(path, sizeof path); /* SIDEKVD: the keeper */
     *strrchr(path, '/') = 0;
     snprintf(command, sizeof command,
-             "cp %s/sidekv-keeper %s/keeper && : >%s && "
+             "cp %s/sidekv-keeper %s/keeper && echo %s >%s && "
              "printf '#!/bin/sh\\nexec %s/sidekvd \"$@\" $(cat %s)\\n' >%s/sidekvd && "
              "chmod +x %s/sidekvd",
-             path, rig.directory, extra, path, extra, rig.directory, rig.directory);
+             path, rig.directory, first, extra, path, extra, rig.directory, rig.directory);
     cr_assert_eq(system(command), 0);
     snprintf(path, sizeof path, "%s/keeper", rig.directory);
     setenv("SIDEKVD", path, 1);

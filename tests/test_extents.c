@@ -112,6 +112,33 @@ Test(extents, onboards_go_to_common_extents)
     check_quiet();
 }
 
+Test(extents, who_appends_does_without_a_stored_tail)
+{
+    protected_world(8, 2);
+    put_away(0, S + 5);
+    put_away(1, 5);
+    uint64_t before = stats_now().pool_pages_free;
+    struct view *view = acquire(1, 0, 0, S + 9);
+    cr_expect(appends(view));
+    cr_expect_eq(view->grant.cached, S);
+    cr_expect_eq(before - stats_now().pool_pages_free, 2, "a page onboarded, and one of its own");
+    settle_mover();
+    finish(1, 0, true);
+    cr_expect_eq(info_of(0).committed, S + 9);
+    view = acquire(1, 0, 1, 7);
+    cr_expect(appends(view));
+    cr_expect_not(gated(view), "it waits for nothing");
+    cr_expect_eq(view->grant.cached, 0);
+    finish(1, 0, true);
+    cr_expect_eq(info_of(1).committed, 7);
+    store_all();
+    evict(0);
+    cr_expect_eq(acquire(0, 0, 0, S + 9)->grant.cached, S + 9, "who reads has the tail");
+    settle_mover();
+    finish(0, 0, false);
+    check_quiet();
+}
+
 Test(extents, one_is_left_to_onboards_however_many_append)
 {
     protected_world(3, 3);

@@ -1,11 +1,12 @@
-/* Extents of a real protected daemon as sessions end: they are others' once no view of them can be
- * left, and not before. */
+/* Which pools a real daemon protects, and what it says of the others. Extents of a protected one as
+ * sessions end: they are others' once no view of them can be left, and not before. */
 #include <criterion/criterion.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
 #include "daemon_rig.h"
+#include "every_backend.h"
 
 static const struct skv_geometry geometry = {
     .layers = 2, .heads = 2, .head_dim = 64, .page_tokens = 32};
@@ -145,4 +146,116 @@ Test(protect, a_reconnect_begins_with_no_view)
     cr_assert(append(skv, 1, 101));
     cr_expect_eq(owned(), 1);
     skv_close(skv);
+}
+
+/* ---- which pools are ---- */
+
+static char log_path[128];
+
+static void log_to_file(void)
+{
+    setenv("SIDEKV_LOG", "warn", 1);
+    if (!freopen(log_path, "w", stderr))
+        abort();
+}
+
+static bool says(const char *what)
+{
+    char line[512];
+    bool found = false;
+    FILE *file = fopen(log_path, "re");
+    while (file && !found && fgets(line, sizeof line, file))
+        found = strstr(line, what);
+    if (file)
+        fclose(file);
+    return found;
+}
+
+/* Does a daemon with these options protect its pool? It and its stats are of one opinion. */
+static bool protects(const struct backend *backend, const char *const options[])
+{
+    require(backend);
+    rig_init(&rig);
+    rig.device = backend->name;
+    snprintf(log_path, sizeof log_path, "%s/log", rig.directory);
+    rig_child = log_to_file;
+    rig_start(&rig, options);
+    cr_assert_eq(rig_connect(&rig, (struct skv_options){.admin = true}, &admin), 0);
+    struct skv_stats stats;
+    cr_assert_eq(skv_stats(admin, &stats), 0);
+    cr_expect_eq(stats.pool_protected, skv_server(admin)->protect);
+    cr_expect_eq(stats.extents != 0, stats.pool_protected);
+    return stats.pool_protected;
+}
+
+/* Can a process store to the page where it reads it, on the host? In a child, which may die of
+ * it. */
+static bool writable(const struct skv *skv, uint64_t page)
+{
+    int status;
+    pid_t child = fork();
+    if (child == 0) {
+        signal(SIGSEGV, SIG_DFL); /* a sanitizer's would tell of it */
+        *((volatile uint8_t *)skv_pool_base(skv) + page * skv_page_bytes(&geometry)) = 1;
+        _exit(0);
+    }
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    return WIFEXITED(status);
+}
+
+#define ON_EVERY_BACKEND(claim)                                                                    \
+    TEST_ON_EVERY_BACKEND(protection, claim, .fini = tear_down, .timeout = 120)
+
+ON_EVERY_BACKEND(is_the_default_where_the_pool_has_extents_enough)
+{
+    static const char *const options[] = {"--pool-bytes", "32M", NULL};
+    cr_expect(protects(backend, options));
+    cr_expect_not(says("protect"));
+    struct skv *skv = connect_worker();
+    cr_assert_not_null(skv);
+    cr_expect_neq(skv_pool_append_base(skv), skv_pool_base(skv));
+    bool host = !skv_server(skv)->cuda;
+    for (uint64_t page = 0; host && page < skv_pool_pages(skv); page += 64) /* one of each extent */
+        cr_expect_not(writable(skv, page));
+    skv_close(skv);
+}
+
+ON_EVERY_BACKEND(is_not_where_the_pool_is_small_and_the_log_says_so)
+{
+    static const char *const options[] = {"--pool-bytes", "30M", NULL};
+    cr_expect_not(protects(backend, options));
+    cr_expect(says("not protected"));
+    cr_expect(says("15 extents"));
+    cr_expect(says("--pool-bytes"), "what to do");
+    struct skv *skv = connect_worker();
+    cr_assert_not_null(skv);
+    cr_expect_eq(skv_pool_append_base(skv), skv_pool_base(skv));
+    skv_close(skv);
+}
+
+ON_EVERY_BACKEND(is_had_in_a_small_pool_by_asking_for_it)
+{
+    static const char *const options[] = {"--protect", "--pool-bytes", "30M", NULL};
+    cr_expect(protects(backend, options));
+    cr_expect(says("15 extents are few"));
+}
+
+ON_EVERY_BACKEND(ends_with_trust)
+{
+    static const char *const options[] = {"--trust", "--pool-bytes", "64M", NULL};
+    cr_expect_not(protects(backend, options));
+    cr_expect_not(says("protect"), "it is meant");
+    struct skv *skv = connect_worker();
+    cr_assert_not_null(skv);
+    cr_expect(skv_server(skv)->cuda || writable(skv, 0));
+    skv_close(skv);
+}
+
+/* The host has no IPC handles. */
+Test(protection, is_not_had_with_ipc_and_the_log_says_so, .fini = tear_down, .timeout = 120)
+{
+    static const char *const options[] = {"--export", "ipc", "--pool-bytes", "64M", NULL};
+    cr_expect_not(protects(&backends[1], options));
+    cr_expect(says("not protected"));
+    cr_expect(says("--export fd"), "what to do");
 }

@@ -604,7 +604,7 @@ ON_EVERY_BACKEND(a_pool_that_becomes_protected_is_mapped_anew)
     stage(backend);
     char command[256], extra[128];
     static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0", NULL};
-    start_extensible(options, extra, sizeof extra);
+    start_extensible(options, "--trust", extra, sizeof extra);
     void *base = skv_pool_base(skv);
     cr_expect_eq(skv_pool_append_base(skv), base);
     uint32_t before = skv_server(skv)->pid;
@@ -625,12 +625,42 @@ ON_EVERY_BACKEND(a_pool_that_becomes_protected_is_mapped_anew)
     cr_expect(nothing_leaks());
 }
 
+/* Of a pool made under --trust, which has an extent in 64 MiB, once nobody says so any more. */
+static bool becomes_protected(const char *pool_bytes)
+{
+    char command[256], extra[128];
+    const char *const options[] = {"--pool-bytes", pool_bytes, "--tail-ms", "0", NULL};
+    start_extensible(options, "--trust", extra, sizeof extra);
+    cr_expect_not(skv_server(skv)->protect);
+    uint32_t before = skv_server(skv)->pid;
+    snprintf(command, sizeof command, ": >%s", extra);
+    cr_assert_eq(system(command), 0);
+    kill((pid_t)before, SIGKILL);
+    await_new_daemon(before);
+    if (skv_lost(skv)) /* mapped anew */
+        cr_assert_eq(skv_reconnect(skv, 20000), 0);
+    check_all(skv_now_ns());
+    return skv_server(skv)->protect;
+}
+
+ON_EVERY_BACKEND(a_trusted_pool_with_extents_enough_becomes_protected)
+{
+    stage(backend);
+    cr_expect(becomes_protected("1G"));
+}
+
+ON_EVERY_BACKEND(a_trusted_pool_of_few_extents_stays_one)
+{
+    stage(backend);
+    cr_expect_not(becomes_protected("960M"));
+}
+
 ON_EVERY_BACKEND(another_geometry_starts_afresh)
 {
     stage(backend);
     char command[256], extra[128];
     static const char *const options[] = {"--store", "none", "--pool-bytes", "16M", NULL};
-    start_extensible(options, extra, sizeof extra);
+    start_extensible(options, "", extra, sizeof extra);
     uint32_t before = skv_server(skv)->pid;
     snprintf(command, sizeof command, "echo --page-tokens 16 >%s", extra);
     cr_assert_eq(system(command), 0);

@@ -106,7 +106,7 @@ ON_EVERY_BACKEND(a_standby_that_cannot_be_started_harms_nobody)
     char command[256], extra[128];
     static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0",
                                           "--standby",    "on",   NULL};
-    start_extensible(options, extra, sizeof extra);
+    start_extensible(options, "", extra, sizeof extra);
     uint32_t before = skv_server(skv)->pid;
     struct skv_stats stats;
     pid_t waiting = await_standby(0);
