@@ -104,11 +104,13 @@ __global__ void sum_slices(const struct hstu_attention_args a, float *out, uint3
     for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < used_rows * hd;
          i += (uint64_t)gridDim.x * blockDim.x) {
         const uint64_t row = i / hd * hd;
+        const uint32_t slices = a.batch.slices[i / hd];
+        const bool rounded = a.rounded && slices == 1;
         float sum = 0;
-        if (a.max_slices == 1)
+        if (rounded)
             sum =
                 __bfloat162float(reinterpret_cast<const __nv_bfloat16 *>(a.partial + row)[i - row]);
-        for (uint32_t k = 0; a.max_slices > 1 && k < a.batch.slices[i / hd]; k++)
+        for (uint32_t k = 0; !rounded && k < slices; k++)
             sum += a.partial[k * a.rows * hd + i];
         out[i] = sum * a.inverse_n;
     }

@@ -193,6 +193,7 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     a->pool = pool;
     a->pool_pages = p->pool_pages;
     a->max_slices = p->max_slices;
+    a->rounded = hstu_sums_rounded(p->path, p->max_slices);
     a->sm_count = properties.multiProcessorCount;
     a->batch.row_start = (uint32_t *)device_copy(p->row_start, sizeof p->row_start);
     a->batch.page_start = (uint32_t *)device_copy(p->page_start, sizeof p->page_start);

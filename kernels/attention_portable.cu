@@ -343,4 +343,4 @@ int path_launch(void *state, const hstu_attention_args *args, void *stream)
 } // namespace
 
 extern "C" const struct hstu_attention_path hstu_attention_portable = {
-    "portable", tile_rows, KEY_STEP, 1, path_open, path_close, path_launch};
+    "portable", tile_rows, KEY_STEP, 1, false, path_open, path_close, path_launch};

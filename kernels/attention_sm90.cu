@@ -253,7 +253,8 @@ template <int D> struct producer {
             }
             struct page_window window = {-32, 0};
             /* The ring has two slots to spare beyond a whole tile: they are free before Q is, when
-             * an item ends. The first tile need not wait for m, if it is of pages. */
+             * an item ends. The first tile of all need not wait for m, if it is of pages. (Its V
+             * before m is slower: what comes early is taken from UVQK.) */
             const int q_after = (n == 0 && it->tiles[0] > 0 ? CHUNKS : min(CHUNKS, 2)) - 1;
 #pragma unroll 1
             for (int32_t t = 0; t < it->steps; t++) {
@@ -337,6 +338,18 @@ __device__ __forceinline__ void store_pair(void *to, uint32_t x, uint32_t y, boo
                  : "memory");
 }
 
+__device__ __forceinline__ void store_four(float *to, float a, float b, float c, float d,
+                                           bool valid)
+{
+    asm volatile("{\n\t"
+                 ".reg .pred valid;\n\t"
+                 "setp.ne.b32 valid, %5, 0;\n\t"
+                 "@valid st.global.v4.f32 [%0], {%1, %2, %3, %4};\n\t"
+                 "}" ::"l"(to),
+                 "f"(a), "f"(b), "f"(c), "f"(d), "r"((int)valid)
+                 : "memory");
+}
+
 template <int D> struct consumer {
     const struct parameters &p;
     struct layout<D> at;
@@ -388,7 +401,7 @@ template <int D> struct consumer {
         const int32_t row = warp * 16 + lane / 4, below = rows_of(it) - row; /* valid rows */
         const uint32_t heads = p.heads, column = it->work.head * D;
         float *to = p.partial + (uint64_t)(it->group_out[group] + row) * heads * D;
-        if (p.rounded) {
+        if (uniform(it->group_rounded[group])) {
             uint16_t *upper = reinterpret_cast<uint16_t *>(to) + column;
             upper += lane % 2 * 8 + lane % 4 / 2 * 4;
             uint16_t *lower = upper + 8 * heads * D * 2;
@@ -398,11 +411,12 @@ template <int D> struct consumer {
                 store_rounded(lower + i * 16, o + i * 8 + 2, below > 8);
             }
         } else {
-            float *upper = to + column + lane % 4 * 2, *lower = upper + 8 * heads * D;
+            float *upper = to + column + lane % 2 * 8 + lane % 4 / 2 * 4;
+            float *lower = upper + 8 * heads * D;
 #pragma unroll
-            for (int i = 0; i < D / 8; i++) {
-                store_sums(upper + i * 8, o + i * 4, below > 0);
-                store_sums(lower + i * 8, o + i * 4 + 2, below > 8);
+            for (int i = 0; i < D / 16; i++) {
+                store_sums(upper + i * 16, o + i * 8, below > 0);
+                store_sums(lower + i * 16, o + i * 8 + 2, below > 8);
             }
         }
 #pragma unroll
@@ -410,12 +424,16 @@ template <int D> struct consumer {
             o[i] = 0;
     }
 
+    /* Neighbouring lanes swap halves of 16 columns, so that each has four in a row. */
     __device__ __forceinline__ void store_sums(float *to, const float *o, bool valid)
     {
-        store_pair(to, __float_as_uint(o[0]), __float_as_uint(o[1]), valid);
+        const bool odd = lane & 1;
+        float x = __shfl_xor_sync(~0u, odd ? o[0] : o[4], 1);
+        float y = __shfl_xor_sync(~0u, odd ? o[1] : o[5], 1);
+        store_four(to, odd ? x : o[0], odd ? y : o[1], odd ? o[4] : x, odd ? o[5] : y, valid);
     }
 
-    /* Neighbouring lanes swap halves of 16 columns, so that each has four bf16 in a row. */
+    /* The same of bf16. */
     __device__ __forceinline__ void store_rounded(uint16_t *to, const float *o, bool valid)
     {
         const bool odd = lane & 1;
@@ -712,7 +730,7 @@ int launch(const struct state *state, const struct hstu_attention_args *args, cu
         return status;
     p.batch = args->batch;
     p.partial = args->partial;
-    p.rounded = args->max_slices == 1;
+    p.rounded = args->rounded;
     p.rows = args->rows;
     p.group = args->group;
     p.heads = args->geometry.heads;
@@ -784,5 +802,5 @@ int path_launch(void *opaque, const struct hstu_attention_args *args, void *stre
 } // namespace
 
 extern "C" const struct hstu_attention_path hstu_attention_sm90 = {
-    "sm90", path_tile_rows, KEYS, 2, path_open, path_close, path_launch,
+    "sm90", path_tile_rows, KEYS, 2, true, path_open, path_close, path_launch,
 };

@@ -54,6 +54,7 @@ struct item {
     int32_t joined;
     int32_t group_row[WARPGROUPS];  /* where each warpgroup's 64 rows begin, from the first row */
     uint32_t group_out[WARPGROUPS]; /* of that row: slice * rows + row */
+    bool group_rounded[WARPGROUPS]; /* its sums, to bf16 */
     uint32_t row;                   /* of m: the first query row */
     int32_t to_row;                 /* row of m of key t: t + to_row */
     const uint32_t *page;           /* the sequence's page ids */
@@ -71,7 +72,7 @@ struct parameters {
     CUtensorMap m_q, m_k, m_v, pool_k, pool_v;
     struct hstu_device_batch batch;
     float *partial;
-    bool rounded; /* the output, to bf16 */
+    bool rounded; /* the output of tiles of one slice, to bf16 */
     uint32_t rows, group, heads, layer, layers;
     uint32_t page_shift; /* log2 S */
     struct boxes pool;
@@ -197,7 +198,9 @@ __device__ __forceinline__ void make_part(struct item *it, const struct item *dr
     for (int g = 0; g < WARPGROUPS; g++) {
         int32_t row = joined ? 64 * (rank == 0 ? 3 * g : 1 + g) : 64 * g;
         it->group_row[g] = row;
-        it->group_out[g] = row >= ROWS ? out_of(b, row - ROWS, p) : out_of(mine, row, p);
+        const struct item *of = row >= ROWS ? b : mine;
+        it->group_out[g] = out_of(of, row % ROWS, p);
+        it->group_rounded[g] = p.rounded && of->work.slices == 1;
     }
 }
 

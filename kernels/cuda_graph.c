@@ -102,6 +102,11 @@ static struct hstu_device_batch device_batch(const struct hstu_cuda *c)
     };
 }
 
+static bool is_rounded(const struct hstu_cuda *c, uint32_t rows)
+{
+    return hstu_sums_rounded(c->path, hstu_plan_slices(rows));
+}
+
 void hstu_cuda_attention_args(const struct hstu_cuda *c, uint32_t layer, uint32_t rows,
                               struct hstu_attention_args *out)
 {
@@ -117,6 +122,7 @@ void hstu_cuda_attention_args(const struct hstu_cuda *c, uint32_t layer, uint32_
         .batch = device_batch(c),
         .partial = c->arena.partial,
         .max_slices = hstu_plan_slices(rows),
+        .rounded = is_rounded(c, rows),
         .sm_count = (uint32_t)c->sm_count,
     };
 }
@@ -173,7 +179,7 @@ static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
                                   .columns = c->model.geometry.heads * c->model.geometry.head_dim,
                                   .inverse_n = 1.0f / (float)c->model.scaling_length,
                                   .eps = c->model.eps,
-                                  .rounded = hstu_plan_slices(rows) == 1,
+                                  .rounded = is_rounded(c, rows),
                                   .early = c->fused && rows <= EARLY_ROWS};
     return hstu_launch_gate(&gate, c->stream);
 }

@@ -88,7 +88,7 @@ struct hstu_gate_args {
     void *y;
     uint32_t rows, columns; /* HD */
     float inverse_n, eps;
-    bool rounded; /* the sums, of one slice: bf16 in the first half of a row's place */
+    bool rounded; /* sums of one slice: bf16 in the first half of a row's place */
     bool early;   /* may start while attention ends */
 };
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream);

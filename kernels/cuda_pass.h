@@ -21,9 +21,9 @@ extern "C" {
 /* One block's share of attention: `rows` query rows (at most the path's tile) from local row `row0`
  * of a sequence, one head, keys [key0, key1) by absolute position (in-flight keys included: key t
  * >= cached is local row t - cached). Partial sums go to slice `slice` of the output, every row and
- * every column of the head, even when no key was allowed (zeros then). Where there is one plane
- * only, sums are rounded to bf16, half the traffic: a row's HD columns fill the first half of its
- * place.
+ * every column of the head, even when no key was allowed (zeros then). Where args.rounded says so,
+ * sums of a tile of one slice are rounded to bf16, half the traffic: a row's HD columns fill the
+ * first half of its place.
  *
  * The slices of one tile partition [0, a1), a1 being one past the tile's last absolute row; key0 is
  * a multiple of the path's key_step, and only the last slice goes past h. Between h and the
@@ -35,7 +35,7 @@ struct hstu_work {
     uint32_t sequence, head;
     uint32_t row0;
     uint32_t key0, key1;
-    uint32_t slice;
+    uint16_t slice, slices;         /* which, of how many the tile has */
     uint32_t rows;                  /* 1 to tile_rows */
     uint32_t history, cached;       /* h, c */
     uint32_t row_start, page_start; /* the sequence's first query row; its first of `pages` */
@@ -81,9 +81,10 @@ struct hstu_attention_args {
     const void *pool; /* page 0; may be NULL when no sequence has cached tokens */
     uint64_t pool_pages;
     struct hstu_device_batch batch;
-    float *partial;      /* out, [slices][rows][H*D] fp32, before the division by N; bf16 if
-                            max_slices is 1 */
+    float *partial;      /* out, [slices][rows][H*D] fp32, or bf16 in half of it, before the
+                            division by N */
     uint32_t max_slices; /* planes of partial */
+    bool rounded;        /* sums of tiles of one slice are bf16 */
     uint32_t sm_count;
     /* May start before the kernel before it ends, where the path can: that kernel then lets its
      * dependents start no sooner than everything before it has ended. */
@@ -99,6 +100,8 @@ struct hstu_attention_path {
      * takes units one by one may draw them in the order of the list; pairs of blocks, of which
      * there are sm_count / 2 and at least one, follow `next`, pair w from unit w on. */
     uint32_t unit_items;
+    bool rounds; /* sums of tiles of one slice to bf16 in every graph, not only where there is one
+                    plane */
     /* Anything to prepare before capture (function attributes, tensor maps over m and the pool),
      * once per runner: the addresses in `args` are those of every later launch. `state` is the
      * path's own; free it with close. */
@@ -108,6 +111,12 @@ struct hstu_attention_path {
      * walks the work list. Called while the stream is being captured. */
     int (*launch)(void *state, const struct hstu_attention_args *args, void *stream);
 };
+
+/* args.rounded for a graph of so many planes. */
+static inline bool hstu_sums_rounded(const struct hstu_attention_path *path, uint32_t max_slices)
+{
+    return path->rounds || max_slices == 1;
+}
 extern const struct hstu_attention_path hstu_attention_portable;
 extern const struct hstu_attention_path hstu_attention_sm90;
 

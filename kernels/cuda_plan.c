@@ -32,7 +32,7 @@ enum {
      * plane and reading it back in the gate kernel costs a tick for so many rows and heads. */
     HALF_STEP_TICKS = 5,
     UNIT_TICKS = 12,
-    TICK_ROWS = 560,
+    TICK_HALF_ROWS = 2 * 560,
     PARTED_SLICES = 4,  /* where a graph has fewer, nothing is a slice of its own but slices */
     FINE_STEPS = 32,    /* targets up to this are tried one by one, longer ones 1/32 apart */
     LENGTHS = 1024,     /* in half steps; longer units count as if they were this long */
@@ -193,6 +193,11 @@ static uint32_t slice_key(const struct shape *s, uint32_t target, uint32_t slice
     return slice * target * s->key_step;
 }
 
+static uint32_t upper_parts_of(const struct neighbours *n)
+{
+    return n->slices + n->upper_own;
+}
+
 /* Slices of the lower one. */
 static uint32_t parts_of(const struct neighbours *n)
 {
@@ -256,16 +261,22 @@ static void copy_units(struct lengths *l, uint32_t copies)
     l->ticks *= copies;
 }
 
-/* Counts the units of a sequence by length. Returns what is read back, in rows of a plane. */
+/* What a tile's planes come to, in half rows: a single one is of bf16. */
+static uint32_t half_rows(const struct tile *t, uint32_t slices)
+{
+    return t->rows * (slices > 1 ? 2 * slices : 1);
+}
+
+/* Counts the units of a sequence by length. Returns what is read back, in half rows of a plane. */
 static uint32_t count_sequence(const struct shape *s, struct cutting cutting, uint32_t heads,
                                struct lengths *l)
 {
-    uint32_t plane_rows = 0;
+    uint32_t plane_half_rows = 0;
     for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
         struct neighbours n;
         neighbours_at(s, i, cutting, &n);
-        plane_rows += parts_of(&n) * n.lower.rows;
-        plane_rows += n.joined ? (n.slices + n.upper_own) * n.upper.rows : 0;
+        plane_half_rows += half_rows(&n.lower, parts_of(&n));
+        plane_half_rows += n.joined ? half_rows(&n.upper, upper_parts_of(&n)) : 0;
         for (uint32_t k = 0; k < parts_of(&n); k++) {
             struct part part = part_at(s, &n, cutting, k);
             if (part.both || s->unit_items == 1)
@@ -274,7 +285,7 @@ static uint32_t count_sequence(const struct shape *s, struct cutting cutting, ui
                 count_singles(l, part.length, heads);
         }
     }
-    return plane_rows;
+    return plane_half_rows;
 }
 
 /* ---- time ---- */
@@ -358,7 +369,7 @@ static uint64_t time_cutting(const struct shape *s, struct cutting cutting, uint
 {
     struct lengths l = {.longest = 0};
     uint64_t planes = count_sequence(s, cutting, s->heads, &l);
-    planes = planes * copies * s->heads / TICK_ROWS;
+    planes = planes * copies * s->heads / TICK_HALF_ROWS;
     count_last_single(&l);
     copy_units(&l, copies);
     *hopeless = l.ticks / workers + planes >= limit;
@@ -381,7 +392,7 @@ static struct cutting choose_cutting(const struct shape *s, uint32_t graph_rows,
             : 1;
     for (uint32_t way = 0; way < ways; way++) {
         uint32_t least = divide_up(longest, max_slices - way);
-        bool hopeless = longest == least && way == 0; /* nothing to choose */
+        bool hopeless = longest == least && ways == 1; /* nothing to choose */
         /* With slices of its own for the rest, much longer ones than without are no gain. */
         uint32_t from = min_u32(best.target + 1, longest);
         for (uint32_t target = from; target >= least && !hopeless;
@@ -432,14 +443,16 @@ static void put_last_single(struct list *to)
 }
 
 static struct hstu_work item_of(const struct place *at, const struct tile *t,
-                                const struct part *part, uint32_t key1, uint32_t head)
+                                const struct part *part, uint32_t key1, uint32_t slices,
+                                uint32_t head)
 {
     return (struct hstu_work){.sequence = at->sequence,
                               .head = head,
                               .row0 = t->row0,
                               .key0 = part->key0,
                               .key1 = key1,
-                              .slice = part->slice,
+                              .slice = (uint16_t)part->slice,
+                              .slices = (uint16_t)slices,
                               .rows = t->rows,
                               .history = at->shape->history,
                               .cached = at->shape->cached,
@@ -456,18 +469,19 @@ static void put_sequence(const struct place *at, struct cutting cutting, struct 
     for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
         struct neighbours n;
         neighbours_at(s, i, cutting, &n);
-        memset(row_slices + n.upper.row0, (int)n.slices + n.upper_own, n.upper.rows);
+        memset(row_slices + n.upper.row0, (int)upper_parts_of(&n), n.upper.rows);
         memset(row_slices + n.lower.row0, (int)parts_of(&n), n.lower.rows);
         for (uint32_t k = 0; k < parts_of(&n); k++) {
             struct part part = part_at(s, &n, cutting, k);
             for (uint32_t head = 0; head < s->heads; head++) {
                 if (part.both) {
                     struct hstu_work *unit = next_unit(to, part.length);
-                    unit[0] = item_of(at, &n.upper, &part, part.upper_key1, head);
-                    unit[1] = item_of(at, &n.lower, &part, part.lower_key1, head);
+                    unit[0] =
+                        item_of(at, &n.upper, &part, part.upper_key1, upper_parts_of(&n), head);
+                    unit[1] = item_of(at, &n.lower, &part, part.lower_key1, parts_of(&n), head);
                 } else {
                     *next_single(to, part.length) =
-                        item_of(at, &n.lower, &part, part.lower_key1, head);
+                        item_of(at, &n.lower, &part, part.lower_key1, parts_of(&n), head);
                 }
             }
         }

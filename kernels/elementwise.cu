@@ -170,84 +170,112 @@ template <int THREADS> __device__ __forceinline__ float block_sum(float x, float
     return sum;
 }
 
-/* Adds N slices, all of them in flight at once, in their order. */
-template <int N>
-__device__ __forceinline__ void add_slices(eight &e, const float4 *o, uint64_t plane)
-{
-    float4 low[N], high[N];
+/* What a thread has of a row: of every THREADS chunks of eight columns its own. */
+template <int THREADS, int CHUNKS> struct share {
+    eight e[CHUNKS];
+    uint32_t chunks; /* of the row */
+
+    __device__ __forceinline__ uint32_t at(int i) const
+    {
+        return i * THREADS + threadIdx.x;
+    }
+
+    /* Adds N slices, all of them in flight at once, in their order. */
+    template <int N> __device__ __forceinline__ void add_slices(const float4 *o, uint64_t plane)
+    {
+        float4 low[N][CHUNKS], high[N][CHUNKS];
 #pragma unroll
-    for (int s = 0; s < N; s++) {
-        low[s] = __ldcs(o + s * plane);
-        high[s] = __ldcs(o + s * plane + 1);
-    }
+        for (int s = 0; s < N; s++)
 #pragma unroll
-    for (int s = 0; s < N; s++) {
-        e.v[0] += low[s].x, e.v[1] += low[s].y, e.v[2] += low[s].z, e.v[3] += low[s].w;
-        e.v[4] += high[s].x, e.v[5] += high[s].y, e.v[6] += high[s].z, e.v[7] += high[s].w;
+            for (int i = 0; i < CHUNKS; i++) {
+                const bool in = at(i) < chunks;
+                low[s][i] = in ? __ldcs(o + s * plane + at(i) * 2) : float4{};
+                high[s][i] = in ? __ldcs(o + s * plane + at(i) * 2 + 1) : float4{};
+            }
+#pragma unroll
+        for (int s = 0; s < N; s++)
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                const float4 &l = low[s][i], &h = high[s][i];
+                float *v = e[i].v;
+                v[0] += l.x, v[1] += l.y, v[2] += l.z, v[3] += l.w;
+                v[4] += h.x, v[5] += h.y, v[6] += h.z, v[7] += h.w;
+            }
     }
-}
 
-/* The sum of a row's slices in the order of slices, always: the same bits whoever computed them.
- * `o`: the row, of fp32, or of bf16 if that is how sums come. */
-__device__ __forceinline__ eight sum_slices(const float4 *o, uint32_t at, uint64_t plane,
-                                            uint32_t slices, bool rounded)
-{
-    if (rounded)
-        return widen(__ldcs(reinterpret_cast<const uint4 *>(o) + at));
-    eight e = {};
-    o += at * 2;
-    for (; slices >= 8; slices -= 8, o += 8 * plane)
-        add_slices<8>(e, o, plane);
-    if (slices & 4) {
-        add_slices<4>(e, o, plane);
-        o += 4 * plane;
+    /* N at a time, then half as many. */
+    template <int N>
+    __device__ __forceinline__ void add_all(const float4 *o, uint64_t plane, uint32_t slices)
+    {
+        for (; slices >= N; slices -= N, o += N * plane)
+            add_slices<N>(o, plane);
+        if constexpr (N > 1)
+            add_all<N / 2>(o, plane, slices);
     }
-    if (slices & 2) {
-        add_slices<2>(e, o, plane);
-        o += 2 * plane;
+
+    /* The sum of a row's slices in the order of slices, always: the same bits whoever computed
+     * them. `o`: the row, of fp32, or of bf16 if that is how the sums of one slice come. */
+    template <int N>
+    __device__ __forceinline__ void sum(const float4 *o, uint64_t plane, uint32_t slices,
+                                        bool rounded)
+    {
+        if (rounded && slices == 1) {
+            const uint4 *from = reinterpret_cast<const uint4 *>(o);
+            uint4 bits[CHUNKS];
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++)
+                bits[i] = at(i) < chunks ? __ldcs(from + at(i)) : uint4{};
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++)
+                e[i] = widen(bits[i]);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++)
+            e[i] = eight{};
+        add_all<N>(o, plane, slices);
     }
-    if (slices & 1)
-        add_slices<1>(e, o, plane);
-    return e;
-}
+};
 
-constexpr int GATE_WARPS = 4;        /* rows of a block, where a warp has a row */
-constexpr uint32_t MANY_ROWS = 2048; /* their slices are few */
+constexpr int GATE_WARPS = 4; /* rows of a block, where a warp has a row */
+/* Up to so many rows one wave of blocks of a row each does all: five blocks a multiprocessor, with
+ * room for eight slices in flight, or eight. */
+constexpr uint32_t FEW_ROWS = 660, SOME_ROWS = 1056;
 
-/* Blocks a multiprocessor: half the threads that fit, as the loads in flight need the registers; of
- * rows a warp each, a third. */
-constexpr int gate_blocks(int threads, int chunks)
-{
-    return threads == 32 ? 5 : chunks > 2 ? 1 : 1024 / threads;
-}
-
-template <int THREADS, int CHUNKS>
-__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
-                                  gate_blocks(THREADS, CHUNKS))
+/* N: slices in flight; BLOCKS: a multiprocessor, which bounds the registers for them. */
+template <int THREADS, int CHUNKS, int N, int BLOCKS>
+__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, BLOCKS)
     gate_kernel(const __grid_constant__ hstu_gate_args a)
 {
     __shared__ float shared[32];
     const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
     const uint32_t slices = row < a.rows ? a.slices[row] : 0, chunks = a.columns / 8;
+    const uint64_t plane = (uint64_t)a.rows * chunks * 2; /* in float4 */
+    const float4 *o = reinterpret_cast<const float4 *>(a.partial) + (uint64_t)row * chunks * 2;
+    const uint4 *u = static_cast<const uint4 *>(a.m) + (uint64_t)row * chunks * 4;
+    const uint4 *weight = static_cast<const uint4 *>(a.weight);
+    const uint4 *bias = static_cast<const uint4 *>(a.bias);
+    share<THREADS, CHUNKS> mine;
+    mine.chunks = chunks;
+    eight(&e)[CHUNKS] = mine.e;
+    /* What there is room for is asked for before the sums: u is older than the kernel before. */
+    constexpr bool U_AHEAD = THREADS == 32 || CHUNKS == 1, NORM_AHEAD = CHUNKS == 1;
+    uint4 gate[CHUNKS], scales[CHUNKS], shifts[CHUNKS];
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        const bool in = slices > 0 && mine.at(i) < chunks;
+        gate[i] = U_AHEAD && in ? u[mine.at(i)] : uint4{};
+        scales[i] = NORM_AHEAD && in ? __ldg(weight + mine.at(i)) : uint4{};
+        shifts[i] = NORM_AHEAD && in ? __ldg(bias + mine.at(i)) : uint4{};
+    }
     mma::dependency_wait();
     mma::dependency_trigger(); /* the projection fetches weights meanwhile */
     if (slices == 0)           /* padding */
         return;
-    const uint64_t plane = (uint64_t)a.rows * chunks * 2; /* in float4 */
-    const float4 *o = reinterpret_cast<const float4 *>(a.partial) + (uint64_t)row * chunks * 2;
-    const uint4 *u = static_cast<const uint4 *>(a.m) + (uint64_t)row * chunks * 4;
-    eight e[CHUNKS];
-    uint4 gate[CHUNKS]; /* a warp a row: asked for beside the sums */
+    mine.template sum<N>(o, plane, slices, a.rounded);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
-        uint32_t at = i * THREADS + threadIdx.x;
-        gate[i] = THREADS == 32 && at < chunks ? u[at] : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        uint32_t at = i * THREADS + threadIdx.x;
-        e[i] = at < chunks ? sum_slices(o, at, plane, slices, a.rounded) : eight{};
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             e[i].v[k] *= a.inverse_n;
@@ -272,9 +300,9 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS,
         uint32_t at = i * THREADS + threadIdx.x;
         if (at >= chunks)
             break;
-        eight w = widen(__ldg(static_cast<const uint4 *>(a.weight) + at));
-        eight b = widen(__ldg(static_cast<const uint4 *>(a.bias) + at));
-        eight g = widen(THREADS == 32 ? gate[i] : u[at]);
+        eight w = widen(NORM_AHEAD ? scales[i] : __ldg(weight + at));
+        eight b = widen(NORM_AHEAD ? shifts[i] : __ldg(bias + at));
+        eight g = widen(U_AHEAD ? gate[i] : u[at]);
 #pragma unroll
         for (int k = 0; k < 8; k++)
             e[i].v[k] = ((e[i].v[k] - mean) * scale * w.v[k] + b.v[k]) * g.v[k];
@@ -339,15 +367,15 @@ int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream)
 {
     const uint32_t chunks = args->columns / 8;
-    /* A warp a row waits for no other; a block a row has more loads in flight, which few rows of
-     * many slices need. */
-    if (chunks <= 32 || (chunks <= 128 && args->rows >= MANY_ROWS))
-        return launch(chunks <= 32 ? gate_kernel<32, 1> : gate_kernel<32, 4>,
+    /* A warp a row waits for no other; a block a row has more of the row in flight. */
+    if (chunks <= 32 || (chunks <= 128 && args->rows > SOME_ROWS))
+        return launch(chunks <= 32 ? gate_kernel<32, 1, 8, 5> : gate_kernel<32, 4, 1, 4>,
                       (args->rows + GATE_WARPS - 1) / GATE_WARPS, dim3(32, GATE_WARPS), *args,
                       args->early, stream);
-    auto kernel = chunks <= 128   ? gate_kernel<128, 1>
-                  : chunks <= 256 ? gate_kernel<256, 1>
-                  : chunks <= 512 ? gate_kernel<256, 2>
-                                  : gate_kernel<256, 8>;
+    auto kernel = args->rows <= FEW_ROWS ? gate_kernel<128, 1, 8, 5> : gate_kernel<128, 1, 4, 8>;
+    if (chunks > 128)
+        kernel = chunks <= 256   ? gate_kernel<256, 1, 4, 4>
+                 : chunks <= 512 ? gate_kernel<256, 2, 4, 4>
+                                 : gate_kernel<256, 8, 1, 1>;
     return launch(kernel, args->rows, dim3(chunks <= 128 ? 128 : 256), *args, args->early, stream);
 }

@@ -147,6 +147,7 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
                   .next = on_counts->next},
         .partial = on_device(NULL, planes * plane * 4),
         .max_slices = planes,
+        .rounded = hstu_sums_rounded(path, planes),
         .sm_count = (uint32_t)sms};
     void *state = NULL;
     CUDA(cudaMemset(args.partial, 0xff, planes * plane * 4));
@@ -161,8 +162,9 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     for (uint32_t r = 0; r < bed->rows; r++)
         for (uint32_t i = 0; i < HD; i++) {
             const float *sums = partial + (uint64_t)r * HD;
-            float sum = planes == 1 ? bf16_to_float(((const uint16_t *)sums)[i]) : 0;
-            for (uint32_t k = 0; planes > 1 && k < slices[r]; k++)
+            const bool rounded = args.rounded && slices[r] == 1;
+            float sum = rounded ? bf16_to_float(((const uint16_t *)sums)[i]) : 0;
+            for (uint32_t k = 0; !rounded && k < slices[r]; k++)
                 sum += sums[k * plane + i];
             o[(uint64_t)r * HD + i] = sum * args.inverse_n;
         }

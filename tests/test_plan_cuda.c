@@ -148,7 +148,8 @@ static void check_cover(const struct hstu_attention_path *path,
         cr_assert_eq(next, w->key1 != end);
         cr_assert_eq(w->slice == 0, w->key0 == 0);
         for (uint32_t r = w->row_start + w->row0; r < w->row_start + w->row0 + w->rows; r++)
-            cr_assert_eq(w->slice + 1 == row_slices[r], w->key1 == end);
+            cr_assert_eq(w->slices, row_slices[r]);
+        cr_assert_eq(w->slice + 1 == w->slices, w->key1 == end);
     }
     cr_assert_eq(covered, wanted);
 }
@@ -194,6 +195,16 @@ Test(plan, a_small_batch_has_short_units)
         for (uint32_t u = 0; u < items; u += 2)
             cr_assert_leq(unit_length(&work[u]), 2, "batch %u", b);
     }
+}
+
+Test(plan, many_rows_of_a_short_history_have_one_slice)
+{
+    struct hstu_sequence s[8];
+    for (uint32_t b = 0; b < 8; b++)
+        s[b] = sequence(128, 0, 256);
+    cr_assert_gt(plan(&large_tiles, s, 8, 3072), 0);
+    for (uint32_t r = 0; r < 3072; r++)
+        cr_assert_eq(row_slices[r], 1);
 }
 
 Test(plan, longest_units_come_first)
