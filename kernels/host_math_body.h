@@ -210,26 +210,23 @@ static const uint16_t *embedding_of(const struct hstu_weights *w, uint64_t token
     return w->embedding + (uint64_t)hstu_token_row(&w->model, token) * w->model.embed;
 }
 
-/* The tables' rows lie anywhere in them: a few are on their way at any time. */
+/* The tables' rows lie anywhere in them: all are on their way before the first is used. */
 static void body_embed(const struct hstu_weights *w, const uint64_t *tokens,
                        const uint32_t *positions, uint32_t rows, uint16_t *x)
 {
-    enum { AHEAD = 8, LINE = 32 /* values */ };
+    enum { LINE = 32 /* values */ };
     const uint32_t E = w->model.embed;
     const float scale = sqrtf((float)E);
-    for (uint32_t r = 0; r < rows + AHEAD; r++) {
-        if (r < rows) {
-            const uint16_t *e = embedding_of(w, tokens[r]);
-            for (uint32_t i = 0; i < E; i += LINE)
-                __builtin_prefetch(e + i);
-        }
-        if (r < AHEAD)
-            continue;
-        const uint16_t *e = embedding_of(w, tokens[r - AHEAD]);
-        const uint16_t *p = w->position + (uint64_t)positions[r - AHEAD] * E;
-        uint16_t *to = x + (size_t)(r - AHEAD) * E;
+    for (uint32_t r = 0; r < rows; r++) {
+        const uint16_t *e = embedding_of(w, tokens[r]);
+        for (uint32_t i = 0; i < E; i += LINE)
+            __builtin_prefetch(e + i);
+    }
+    for (uint32_t r = 0; r < rows; r++) {
+        const uint16_t *e = embedding_of(w, tokens[r]);
+        const uint16_t *p = w->position + (uint64_t)positions[r] * E;
         for (uint32_t i = 0; i < E; i += LANES)
-            v_store_bf16(to + i, v_load_bf16(e + i) * scale + v_load_bf16(p + i));
+            v_store_bf16(x + (size_t)r * E + i, v_load_bf16(e + i) * scale + v_load_bf16(p + i));
     }
 }
 
