@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Draws what `bench_block --csv` printed: the HSTU block with a KV cache, time against total and cached length, one SVG for each
-batch size in the file. Lines: sidekv, the best dense and paged peers, the floor; and PyTorch's plain block where a file of
+batch size in the file, and a table of all cells. Lines: sidekv, the best dense and paged peers, the floor; and PyTorch's plain block where a file of
 `torch_block.py --csv` is given too.
 
-usage: plot_block.py BLOCK.csv OUT_PREFIX [TORCH.csv]     writes OUT_PREFIX-batch1.svg, OUT_PREFIX-batch8.svg, ...
+usage: plot_block.py BLOCK.csv OUT_PREFIX [TORCH.csv]     writes OUT_PREFIX-batch1.svg, OUT_PREFIX-batch8.svg, ..., OUT_PREFIX-grid.md
 """
 import csv
 import math
+import os
+import re
 import sys
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 440, 64, 150, 44, 90
@@ -74,6 +76,26 @@ def draw(batch, series):
     return "\n".join(svg + ["</svg>", ""])
 
 
+def peers():
+    """{cell: (dense, paged)} in ms, which the CSV has as ratios of two digits only."""
+    with open(os.path.join(os.path.dirname(__file__), "bench_peers.h")) as file:
+        return {cell[:3]: cell[3:] for cell in re.findall(r"{(\d+), (\d+), (\d+), ([\d.]+), ([\d.]+)}", file.read())}
+
+
+def table(block):
+    lines = ["# The block, every cell", "",
+             "`bench_block --csv`, ms; written by `bench/plot_block.py`. Machine, date and what the columns are: [benchmarks.md](benchmarks.md).", "",
+             "| batch, history, new | sidekv | best dense-KV peer | best paged peer | floor | over dense | over paged | of the floor |",
+             "|--|--|--|--|--|--|--|--|"]
+    best = peers()
+    for row in block:
+        cell = row["batch"], row["history"], row["new"]
+        ms, floor = float(row["block"]) / 1e3, float(row["floor"]) / 1e3
+        dense, paged = best[cell]
+        lines.append(f"| {', '.join(cell)} | {ms:.3f} | {dense} | {paged} | {floor:.3f} | {float(dense) / ms:.2f} | {float(paged) / ms:.2f} | {floor / ms:.2f} |")
+    return "\n".join(lines + [""])
+
+
 def main():
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
@@ -85,6 +107,10 @@ def main():
         with open(path, "w") as file:
             file.write(draw(batch, series_of(*([row for row in rows if row["batch"] == batch] for rows in (block, torch)))))
         print(path)
+    path = f"{sys.argv[2]}-grid.md"
+    with open(path, "w") as file:
+        file.write(table(block))
+    print(path)
 
 
 main()
