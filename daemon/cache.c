@@ -628,6 +628,46 @@ uint32_t skv_shorten(struct skv_cache *cache, uint32_t index, uint32_t keep)
     return index;
 }
 
+/* The store's part, now: the offload in flight counts for nothing. */
+static int cut_in_store(struct skv_cache *cache, uint32_t owner, uint32_t tokens,
+                        const uint64_t *hashes, uint64_t *id)
+{
+    const struct record *record = &cache->records.all[owner];
+    struct residence *r = residence_of(cache, owner);
+    uint32_t size = cache->geometry.page_tokens;
+    /* At 0 always: a removal by eviction may be under way, and FORGET waits for it too. And a
+     * stored tail is told by its generation from what a hot restart finds in the pool. */
+    bool in_store = record->stored > tokens || record->stored % size ||
+                    (!tokens && cache->options.store) || (r && r->offload);
+    struct skv_change *change = NULL;
+    if (in_store && !(change = skv_new_change(cache, tokens / size)))
+        return SKV_ENOMEM;
+    skv_new_generation(cache, &cache->records.all[owner]);
+    skv_failpoint(FAIL_cut_numbered);
+    if (r)
+        disown_offload(cache, r);
+    uint64_t made = in_store ? skv_cut_stored(cache, owner, tokens, hashes, change) : 0;
+    if (id)
+        *id = made;
+    return SKV_OK;
+}
+
+/* Or later: an offload in flight replaces a stored tail that the cut leaves alone, and is not to
+ * cost it. What it stores counts, up to the cut, and the store is told when that is known. */
+static bool cut_at_offload(struct skv_cache *cache, struct record *record,
+                           const struct residence *r, uint32_t tokens)
+{
+    if (!r || !r->offload || record->stored > tokens ||
+        record->stored % cache->geometry.page_tokens == 0)
+        return false;
+    struct offload *offload = (struct offload *)r->offload;
+    if (tokens < offload->cut)
+        offload->cut = tokens;
+    skv_new_generation(cache, record);
+    record->untold = true;
+    return true;
+}
+
 int skv_cut(struct skv_cache *cache, uint32_t owner, uint32_t tokens, const uint64_t *hashes,
             uint64_t *id)
 {
@@ -636,19 +676,10 @@ int skv_cut(struct skv_cache *cache, uint32_t owner, uint32_t tokens, const uint
     uint32_t keep = tokens / cache->geometry.page_tokens, index = record->residence;
     assert(tokens % cache->geometry.page_tokens == 0);
 
-    /* At 0 always: a removal by eviction may be under way, and FORGET waits for it too. And a
-     * stored tail is told by its generation from what a hot restart finds in the pool. */
-    bool in_store = record->stored > tokens || record->stored % cache->geometry.page_tokens ||
-                    (!tokens && cache->options.store) || (r && r->offload);
-    struct skv_change *change = NULL;
-    if (in_store && !(change = skv_new_change(cache, keep)))
+    bool later = !id && cut_at_offload(cache, record, r, tokens);
+    if (!later && cut_in_store(cache, owner, tokens, hashes, id))
         return SKV_ENOMEM;
     cache->stats.cuts++;
-    skv_new_generation(cache, record);
-    skv_failpoint(FAIL_cut_numbered);
-    if (r)
-        disown_offload(cache, r);
-    *id = in_store ? skv_cut_stored(cache, owner, tokens, hashes, change) : 0;
     if (!r) {
         if (!record->stored)
             skv_records_remove(&cache->records, owner);

@@ -328,8 +328,8 @@ static void grant_one(struct skv_cache *cache, struct granting *g, uint32_t entr
     struct match m = match(cache, g->session->model, request, hashes, known);
     cache->stats.tail_differs += request->flags & WIRE_TAIL_DIFFERS ? 1 : 0;
     while (m.cut != SKV_NONE && !cache->early) {
-        uint64_t change; /* what is left may be less: pages that were being loaded go too */
-        if (skv_cut(cache, m.owner, m.cut, m.hashes, &change))
+        /* what is left may be less: pages that were being loaded go too */
+        if (skv_cut(cache, m.owner, m.cut, m.hashes, NULL))
             return; /* no memory: no hit */
         m = match(cache, g->session->model, request, hashes, known);
     }

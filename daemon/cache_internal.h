@@ -42,6 +42,7 @@ struct offload { /* likewise */
     struct skv_offload job;
     uint32_t residence; /* that its pages are read from */
     uint32_t committed; /* tokens of the user when it was made */
+    uint32_t cut;       /* tokens that the user was cut to since, or more */
     uint64_t epoch;     /* flush epoch then */
     bool copied;
 };
@@ -196,8 +197,8 @@ uint64_t skv_cut_stored(struct skv_cache *cache, uint32_t record, uint32_t token
  * still be read. Returns the residence, SKV_NONE: no room for it. */
 uint32_t skv_shorten(struct skv_cache *cache, uint32_t residence, uint32_t keep);
 /* Shortens a user to `tokens`, a multiple of the page size: new generation, the store too. hashes:
- * of its first tokens / S pages. *id: the change of the store, 0: none was needed. SKV_ENOMEM:
- * nothing was done. */
+ * of its first tokens / S pages. *id: the change of the store, 0: none was needed; NULL: nobody
+ * waits for it. SKV_ENOMEM: nothing was done. */
 int skv_cut(struct skv_cache *cache, uint32_t record, uint32_t tokens, const uint64_t *hashes,
             uint64_t *id);
 /* Its stored pages are not asked for a while. */

@@ -74,10 +74,10 @@ void skv_cache_load_failed(struct skv_cache *cache, struct skv_onboard *failed, 
     struct residence *r = residence_at(cache, job->residence[user]);
     uint32_t tokens = index * cache->geometry.page_tokens;
     /* Of the same generation its list begins with these hashes, detached or not. */
-    uint64_t generation = failed->users[user].generation, change;
+    uint64_t generation = failed->users[user].generation;
     bool lost = status == SKV_ECORRUPT || status == SKV_ENOENT; /* for good, so the user is cut */
     if (owner != SKV_NONE && cache->records.all[owner].generation == generation &&
-        (!lost || skv_cut(cache, owner, tokens, r->hash, &change)))
+        (!lost || skv_cut(cache, owner, tokens, r->hash, NULL)))
         skv_unread(cache, generation);
     /* Batches that wait for these copies wait for nothing now; `after` may name more jobs than they
      * share users with: a batch too many acquires again, none waits in vain. */

@@ -72,7 +72,8 @@ static struct skv_offload *make_job(struct skv_cache *cache, uint32_t index, uin
         cache->starved = true;
         return NULL;
     }
-    *offload = (struct offload){.residence = index, .committed = r->tokens, .epoch = cache->epoch};
+    *offload = (struct offload){
+        .residence = index, .committed = r->tokens, .cut = UINT32_MAX, .epoch = cache->epoch};
     struct skv_offload *job = &offload->job;
     job->id = ++cache->next_job;
     job->moves = (struct skv_move *)(offload + 1);
@@ -158,6 +159,15 @@ static void advance_dirty(struct skv_cache *cache, struct residence *r,
     advance_epoch(cache);
 }
 
+/* The first so many pages of the job are stored. */
+static void set_full(struct skv_cache *cache, uint32_t owner, const struct skv_offload *job,
+                     uint32_t pages)
+{
+    struct record *record = &cache->records.all[owner];
+    record->hash_full = record->hash_tail = job->hashes[pages - 1];
+    skv_records_set_stored(&cache->records, owner, pages * cache->geometry.page_tokens);
+}
+
 void skv_cache_stored(struct skv_cache *cache, struct skv_offload *job, int32_t status)
 {
     struct offload *offload = (struct offload *)job;
@@ -165,22 +175,30 @@ void skv_cache_stored(struct skv_cache *cache, struct skv_offload *job, int32_t 
         skv_cache_copied(cache, job);
     uint32_t owner = skv_cache_find(cache, job->record.model, job->record.user);
     struct record *record = owner == SKV_NONE ? NULL : &cache->records.all[owner];
-    if (record && record->generation == job->record.generation) {
-        if (!status) {
+    struct residence *r = record ? residence_of(cache, owner) : NULL;
+    bool same = record && record->generation == job->record.generation;
+    bool cut = r && r->offload == job && !same; /* cut_at_offload() */
+    if (same || cut) {
+        if (!status && job->record.tokens <= offload->cut) {
             record->hash_full = job->record.hash_full;
             record->hash_tail = job->record.hash_tail;
             skv_records_set_stored(&cache->records, owner, job->record.tokens);
+        } else if (!status) {
+            set_full(cache, owner, job, offload->cut / cache->geometry.page_tokens);
         } else if (job->stored_moves) { /* full pages, by earlier transactions */
-            uint32_t last = job->moves[job->stored_moves - 1].index;
-            record->hash_full = record->hash_tail = job->hashes[last];
-            skv_records_set_stored(&cache->records, owner,
-                                   (last + 1) * cache->geometry.page_tokens);
+            uint32_t pages = job->moves[job->stored_moves - 1].index + 1;
+            uint32_t left = offload->cut / cache->geometry.page_tokens;
+            set_full(cache, owner, job, pages < left ? pages : left);
         }
-        struct residence *r = residence_of(cache, owner);
         if (r && r->offload == job) {
             r->offload = NULL;
-            if (!status && job->record.tokens >= offload->committed)
+            if (same && !status && job->record.tokens >= offload->committed)
                 advance_dirty(cache, r, offload);
+        }
+        if (cut) {
+            struct skv_change *change = skv_new_change(cache, pages_of(cache, record->stored));
+            record->untold = false; /* without memory for a change nobody is to wait for it */
+            skv_cut_stored(cache, owner, record->stored, job->hashes, change);
         }
         if (r) {
             skv_requeue(cache, record->residence);

@@ -493,8 +493,13 @@ static inline void on_stored(struct skv_offload *job, int32_t status, const tag 
         stored = (job->moves[job->stored_moves - 1].index + 1) * S;
     skv_cache_stored(world.cache, job, status);
     struct skv_user_info after = info_of(index);
-    if (before.generation != record.generation || after.generation != record.generation)
+    if (before.generation != record.generation || after.generation != record.generation) {
+        if (after.stored > before.stored) { /* cut meanwhile, and it waited for the outcome */
+            memcpy(user->stored + first, tags, (after.stored - first) * sizeof(tag));
+            user->stored_count = after.stored;
+        }
         return;
+    }
     CHECK(after.stored >= before.stored && after.stored == stored);
     if (stored > before.stored)
         memcpy(user->stored + first, tags, (stored - first) * sizeof(tag));

@@ -590,3 +590,87 @@ Test(cache_store, after_a_hot_restart_too)
     session_open(0);
     check_told();
 }
+
+/* A user with a stored tail that is being replaced by an offload of all it has, and is cut behind
+ * the tail meanwhile. */
+static void cut_meanwhile(void)
+{
+    setup(8);
+    append(0, 7);
+    store_all();
+    append(0, 3 * S + 4);
+    cr_assert(offload_begin(8, true));
+    acquire_edited(0, 0, 0, 3 * S + 6, 2 * S + 3);
+    finish(0, 0, false);
+    cr_assert_eq(info_of(0).committed, 2 * S);
+    cr_expect_eq(info_of(0).stored, 7);
+}
+
+Test(cache_store, a_cut_behind_a_stored_tail_costs_it_not)
+{
+    cut_meanwhile();
+    settle_mover();
+    cr_expect_eq(info_of(0).stored, 2 * S);
+    cr_expect_eq(world.store[0].tokens, 2 * S);
+    cr_expect_eq(world.store[0].generation, info_of(0).generation);
+    append(0, 2 * S + 5);
+    hot_restart(false);
+    cr_expect_eq(info_of(0).committed, 2 * S + 5);
+    cr_expect_eq(info_of(0).stored, 2 * S);
+}
+
+Test(cache_store, nor_where_the_offload_fails)
+{
+    cut_meanwhile();
+    cr_assert(offload_copy(0));
+    cr_assert(write_step(SKV_EIO, 0));
+    while (take_event())
+        ;
+    cr_expect_eq(info_of(0).stored, 7);
+    settle_mover();
+    cr_expect_eq(world.store[0].tokens, 7);
+    cr_expect_eq(world.store[0].generation, info_of(0).generation);
+    cr_expect(offload_one(8));
+    cr_expect_eq(info_of(0).stored, 2 * S);
+}
+
+static uint32_t stored_after(bool written, bool hot)
+{
+    cut_meanwhile();
+    cr_assert(offload_copy(0));
+    cr_assert(!written || write_step(0, 0));
+    if (hot)
+        hot_restart(false);
+    else
+        restart();
+    return info_of(0).stored;
+}
+
+Test(cache_store, nor_where_the_daemon_is_killed_before_the_write)
+{
+    cr_expect_eq(stored_after(false, false), 7);
+}
+
+Test(cache_store, nor_where_it_is_killed_behind_it)
+{
+    cr_expect_eq(stored_after(true, false), 3 * S + 4); /* of the older history */
+}
+
+Test(cache_store, nor_where_the_pool_outlives_it)
+{
+    cr_expect_eq(stored_after(false, true), 7);
+}
+
+Test(cache_store, nor_where_both_outlive_it)
+{
+    cr_expect_eq(stored_after(true, true), 3 * S + 4); /* nothing was committed that says other */
+}
+
+Test(cache_store, a_user_that_is_forgotten_waits_for_no_offload)
+{
+    cut_meanwhile();
+    forget(0);
+    cr_expect_eq(info_of(0).committed, 0);
+    settle_mover();
+    cr_expect_eq(world.store[0].tokens, 0);
+}
