@@ -7,6 +7,7 @@
 
 #include "daemon_rig.h"
 #include "every_backend.h"
+#include "writable.h"
 
 static const struct skv_geometry geometry = {
     .layers = 2, .heads = 2, .head_dim = 64, .page_tokens = 32};
@@ -188,19 +189,10 @@ static bool protects(const struct backend *backend, const char *const options[])
     return stats.pool_protected;
 }
 
-/* Can a process store to the page where it reads it, on the host? In a child, which may die of
- * it. */
-static bool writable(const struct skv *skv, uint64_t page)
+/* Can a process store to the page where it reads it, on the host? */
+static bool page_writable(const struct skv *skv, uint64_t page)
 {
-    int status;
-    pid_t child = fork();
-    if (child == 0) {
-        signal(SIGSEGV, SIG_DFL); /* a sanitizer's would tell of it */
-        *((volatile uint8_t *)skv_pool_base(skv) + page * skv_page_bytes(&geometry)) = 1;
-        _exit(0);
-    }
-    cr_assert_eq(waitpid(child, &status, 0), child);
-    return WIFEXITED(status);
+    return writable((uint8_t *)skv_pool_base(skv) + page * skv_page_bytes(&geometry));
 }
 
 #define ON_EVERY_BACKEND(claim)                                                                    \
@@ -216,7 +208,7 @@ ON_EVERY_BACKEND(is_the_default_where_the_pool_has_extents_enough)
     cr_expect_neq(skv_pool_append_base(skv), skv_pool_base(skv));
     bool host = !skv_server(skv)->cuda;
     for (uint64_t page = 0; host && page < skv_pool_pages(skv); page += 64) /* one of each extent */
-        cr_expect_not(writable(skv, page));
+        cr_expect_not(page_writable(skv, page));
     skv_close(skv);
 }
 
@@ -247,7 +239,7 @@ ON_EVERY_BACKEND(ends_with_trust)
     cr_expect_not(says("protect"), "it is meant");
     struct skv *skv = connect_worker();
     cr_assert_not_null(skv);
-    cr_expect(skv_server(skv)->cuda || writable(skv, 0));
+    cr_expect(skv_server(skv)->cuda || page_writable(skv, 0));
     skv_close(skv);
 }
 
