@@ -261,7 +261,8 @@ static void copy_units(struct lengths *l, uint32_t copies)
     l->ticks *= copies;
 }
 
-/* What a tile's planes come to, in half rows: a single one is of bf16. */
+/* What a tile's planes come to, in half rows: a single one is of bf16 (and is counted so where the
+ * path rounds in graphs of one plane only). */
 static uint32_t half_rows(const struct tile *t, uint32_t slices)
 {
     return t->rows * (slices > 1 ? 2 * slices : 1);

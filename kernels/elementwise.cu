@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, BLO
     float square = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
-        bool in = i * THREADS + threadIdx.x < chunks;
+        bool in = mine.at(i) < chunks;
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             float d = e[i].v[k] - mean;
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, BLO
     uint4 *y = static_cast<uint4 *>(a.y) + (uint64_t)row * chunks;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
-        uint32_t at = i * THREADS + threadIdx.x;
+        const uint32_t at = mine.at(i);
         if (at >= chunks)
             break;
         eight w = widen(NORM_AHEAD ? scales[i] : __ldg(weight + at));

@@ -73,14 +73,19 @@ static inline int connect_worker(struct skv **out, struct page_bytes *to)
     return status ? status : page_bytes_open(to, *out, MOST / S);
 }
 
+static inline void start_with(const char *const options[])
+{
+    rig_start(&rig, options);
+    cr_assert_eq(connect_worker(&skv, &bytes), 0);
+}
+
 static inline void start(void)
 {
     /* Protected, a worker's extents are common after a restart, and it takes others: more pool. */
     const char *const options[] = {
         "--pool-bytes", protect ? "512M" : "16M",     "--tail-ms", "0", "--standby",
         standby,        protect ? "--protect" : NULL, NULL};
-    rig_start(&rig, options);
-    cr_assert_eq(connect_worker(&skv, &bytes), 0);
+    start_with(options);
 }
 
 static inline uint64_t word_of(uint32_t user, uint32_t token)
@@ -235,6 +240,15 @@ static inline void await_store(void)
     cr_assert_not(store_awaited());
 }
 
+/* After a restart: all is there, and once the store is, some users grow. */
+static inline void check_all_and_append(void)
+{
+    check_all(skv_now_ns());
+    await_store();
+    for (uint32_t u = 0; u < USERS; u += 5)
+        serve(u, known[u].committed + 1);
+}
+
 /* A keeper whose daemons take more arguments from a file, the first one `first`. */
 static inline void start_extensible(const char *const options[], const char *first, char *extra,
                                     size_t size)
@@ -251,8 +265,7 @@ static inline void start_extensible(const char *const options[], const char *fir
     cr_assert_eq(system(command), 0);
     snprintf(path, sizeof path, "%s/keeper", rig.directory);
     setenv("SIDEKVD", path, 1);
-    rig_start(&rig, options);
-    cr_assert_eq(connect_worker(&skv, &bytes), 0);
+    start_with(options);
     fill();
 }
 

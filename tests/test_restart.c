@@ -500,10 +500,7 @@ ON_EVERY_BACKEND(the_next_one_waits_until_it_is_gone)
         let_die(before);
         await_new_daemon((uint32_t)before);
         cr_expect_eq(skv_server(skv)->pid == (uint32_t)next, round < 2);
-        check_all(skv_now_ns());
-        await_store();
-        for (uint32_t u = 0; u < USERS; u += 5)
-            serve(u, known[u].committed + 1);
+        check_all_and_append();
     }
     cr_expect(nothing_leaks());
 }
@@ -545,10 +542,7 @@ ON_EVERY_BACKEND(killed_again_before_it_serves)
             while (kill(pids[i], 0) == 0)
                 poll(NULL, 0, 1);
         await_new_daemon((uint32_t)before);
-        check_all(skv_now_ns());
-        await_store();
-        for (uint32_t u = 0; u < USERS; u += 5)
-            serve(u, known[u].committed + 1);
+        check_all_and_append();
     }
     cr_expect(nothing_leaks());
 }

@@ -50,10 +50,7 @@ ON_EVERY_BACKEND(killed_together_with_its_standby)
         kill(round % 2 ? daemon : waiting, SIGKILL);
         await_new_daemon((uint32_t)daemon);
         cr_expect_neq(skv_server(skv)->pid, (uint32_t)waiting);
-        check_all(skv_now_ns());
-        await_store();
-        for (uint32_t u = 0; u < USERS; u += 5)
-            serve(u, known[u].committed + 1);
+        check_all_and_append();
     }
     cr_expect(nothing_leaks());
 }
@@ -155,8 +152,7 @@ ON_EVERY_BACKEND(whoever_takes_over_is_the_program_that_is_installed)
     cr_assert_eq(system(command), 0);
     snprintf(path, sizeof path, "%s/sidekv-keeper", rig.directory);
     setenv("SIDEKVD", path, 1);
-    rig_start(&rig, options);
-    cr_assert_eq(connect_worker(&skv, &bytes), 0);
+    start_with(options);
     fill();
     for (int round = 0; round < 3; round++) {
         uint32_t before = skv_server(skv)->pid;
