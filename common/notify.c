@@ -57,7 +57,7 @@ int skv_notify_drop(int socket, const char *name)
     return skv_send_fds(socket, text, (size_t)length, NULL, 0, 0);
 }
 
-void skv_notify_stored(void (*take)(const char *name, int fd))
+void skv_notify_stored(void (*take)(void *context, const char *name, int fd), void *context)
 {
     const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
     const char *names = getenv("LISTEN_FDNAMES");
@@ -68,7 +68,7 @@ void skv_notify_stored(void (*take)(const char *name, int fd))
             if (length < sizeof name)
                 memcpy(name, names ? names : "", length);
             fcntl(fd, F_SETFD, FD_CLOEXEC);
-            take(name, fd);
+            take(context, name, fd);
             names = names && names[length] ? names + length + 1 : NULL;
         }
     unsetenv("LISTEN_PID");

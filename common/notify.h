@@ -17,8 +17,9 @@ int skv_notify_open(void);
 int skv_notify_store(int socket, const char *name, int fd);
 int skv_notify_drop(int socket, const char *name);
 
-/* The fds that an earlier process of the unit had stored: calls `take` with each, close-on-exec and
- * its own to close. Once, at the start; the variables that tell of them are gone after it. */
-void skv_notify_stored(void (*take)(const char *name, int fd));
+/* The fds that an earlier process of the unit had stored: calls `take` with `context` and
+ * each, close-on-exec and its own to close. Once, at the start; the variables that tell of them are
+ * gone after it. */
+void skv_notify_stored(void (*take)(void *context, const char *name, int fd), void *context);
 
 #endif

@@ -1,7 +1,7 @@
-/* sidekv-keeper: the parent of sidekvd. Holds what must outlive it (the pool's memory, the page
- * descriptors, the session table, its workers' pidfds) as plain file descriptors, starts it anew
- * when it dies, and gives them to the new one. It maps nothing, has no CUDA context, and does not
- * look into what it holds.
+/* sidekv-keeper: the parent of sidekvd. Starts it anew when it dies, and gives the new one what
+ * must outlive it (keeper_held.h: plain file descriptors). It maps nothing, has no CUDA context,
+ * and does not look into what it holds. This file has the processes: the daemon that runs, the one
+ * that is to follow, and when each is started and ended.
  *
  * When sidekvd ends:   status 0, or after a SIGTERM that was passed on: the keeper ends with it
  *                      KEEPER_RESTART (planned restart): started anew at once
@@ -19,13 +19,11 @@
  * copies back, and goes on. systemd has heard all that a keeper said before it starts the next one:
  * it reads its notify socket before it looks at who has died. A daemon that was started early and
  * was given nothing ends when its keeper has gone. */
-#include "keeper.h"
+#include "keeper_held.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,7 +31,6 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -42,7 +39,6 @@
 #include "failpoint.h"
 #include "fdpass.h"
 #include "log.h"
-#include "notify.h"
 
 #define SHORT_LIFE_NS UINT64_C(1000000000)
 #define PAUSE_MS      50u /* after a second short life in a row; doubles up to */
@@ -53,21 +49,8 @@
 #define AGAIN_MAX_MS 600000u
 #define WAITED_NS    UINT64_C(60000000000) /* after so long its death is a first one again */
 #define OPEN_NS      UINT64_C(10000000000) /* one whose device is not open by then hangs, maybe */
-#define GIVE_S       10 /* whoever does not take its fds, or does not die, is given up */
 
-static struct {
-    int pool[KEEPER_FDS];
-    uint32_t extents;
-    uint64_t extent_bytes;
-    int table, sessions;
-    int life; /* of the daemon that runs: see KEEPER_LIFE */
-    bool whole;
-    struct {
-        uint64_t id;
-        int pidfd;
-    } workers[KEEPER_SESSIONS];
-    uint32_t worker_count;
-} held = {.table = -1, .sessions = -1, .life = -1};
+static struct held held;
 
 struct child {
     pid_t pid;           /* 0: there is none */
@@ -88,272 +71,10 @@ static struct {
 static char **command;   /* sidekvd's */
 static sigset_t signals; /* that signal_fd tells */
 static int signal_fd;
-static bool stopping;    /* SIGTERM or SIGINT came */
-static bool hurry;       /* for tests: no pauses */
-static int manager = -1; /* systemd, which holds copies; -1: there is none */
-
-/* ---- the copies ---- */
-
-/* What a copy is called. systemd passes all names in one variable, which the kernel bounds to
- * 128 KiB: 8,192 extents and 1,024 workers take at most 108 KiB. */
-#define POOL_NAME     "pool-%u"    /* of an extent: its index */
-#define TABLE_NAME    "table-%llu" /* the size of an extent */
-#define SESSIONS_NAME "sessions"
-#define WORKER_NAME   "worker-%llu"
-#define DAEMON_NAME   "sidekvd"
-
-__attribute__((format(printf, 2, 3))) static void copy(int fd, const char *format, ...)
-{
-    char name[64];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(name, sizeof name, format, arguments);
-    va_end(arguments);
-    if (manager >= 0 &&
-        (fd >= 0 ? skv_notify_store(manager, name, fd) : skv_notify_drop(manager, name)))
-        skv_error("the service manager does not take %s: %s", name, strerror(errno));
-}
-
-static void drop_sessions(void)
-{
-    if (held.sessions < 0)
-        return;
-    copy(-1, SESSIONS_NAME);
-    close(held.sessions);
-    held.sessions = -1;
-}
-
-static void drop_table(void)
-{
-    if (held.table < 0)
-        return;
-    copy(-1, TABLE_NAME, (unsigned long long)held.extent_bytes);
-    close(held.table);
-    held.table = -1;
-}
-
-/* The tables' copies go first and come last: where both are there, the pool is whole. */
-static void drop_all(void)
-{
-    held.whole = false;
-    drop_sessions();
-    drop_table();
-    while (held.extents) {
-        close(held.pool[--held.extents]);
-        copy(-1, POOL_NAME, held.extents);
-    }
-    while (held.worker_count) {
-        close(held.workers[--held.worker_count].pidfd);
-        copy(-1, WORKER_NAME, (unsigned long long)held.workers[held.worker_count].id);
-    }
-}
-
-static void drop_life(void)
-{
-    if (held.life >= 0)
-        close(held.life);
-    held.life = -1;
-}
-
-/* What an earlier keeper's daemon may still do to the pool ends here. */
-static bool end_daemon(int pidfd)
-{
-    syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
-    struct pollfd gone = {.fd = pidfd, .events = POLLIN};
-    bool ended = poll(&gone, 1, GIVE_S * 1000) == 1;
-    if (!ended)
-        skv_error("the earlier keeper's sidekvd does not die: its pool is not used again");
-    copy(-1, DAEMON_NAME);
-    close(pidfd);
-    return ended;
-}
-
-static int earlier_daemon = -1;
-
-/* A copy that an earlier keeper left. */
-static void take_back(const char *name, int fd)
-{
-    unsigned index;
-    unsigned long long number;
-    int *at = NULL;
-    if (sscanf(name, POOL_NAME, &index) == 1 && index < KEEPER_FDS) {
-        while (held.extents <= index)
-            held.pool[held.extents++] = -1;
-        at = &held.pool[index];
-    } else if (sscanf(name, WORKER_NAME, &number) == 1 && held.worker_count < KEEPER_SESSIONS) {
-        held.workers[held.worker_count].id = number;
-        at = &held.workers[held.worker_count].pidfd;
-        *at = -1;
-        held.worker_count++;
-    } else if (sscanf(name, TABLE_NAME, &number) == 1) {
-        held.extent_bytes = number;
-        at = &held.table;
-    } else if (strcmp(name, SESSIONS_NAME) == 0) {
-        at = &held.sessions;
-    } else if (strcmp(name, DAEMON_NAME) == 0) {
-        at = &earlier_daemon;
-    }
-    if (at && *at < 0)
-        *at = fd;
-    else
-        close(fd); /* not ours, or twice */
-}
-
-static void take_all_back(void)
-{
-    skv_notify_stored(take_back);
-    bool ended = earlier_daemon < 0 || end_daemon(earlier_daemon);
-    held.whole = ended && held.extents && held.table >= 0 && held.sessions >= 0;
-    for (uint32_t i = 0; i < held.extents; i++)
-        held.whole = held.whole && held.pool[i] >= 0;
-    if (held.whole)
-        skv_info("an earlier keeper left %u extents and %u workers", held.extents,
-                 held.worker_count);
-    else
-        drop_all();
-}
-
-/* ---- what the daemon says ---- */
-
-static void forget_worker(uint64_t id)
-{
-    for (uint32_t i = 0; i < held.worker_count; i++)
-        if (held.workers[i].id == id) {
-            copy(-1, WORKER_NAME, (unsigned long long)id);
-            close(held.workers[i].pidfd);
-            held.workers[i] = held.workers[--held.worker_count];
-            return;
-        }
-}
-
-static void want_next(uint32_t in_ms)
-{
-    next.wanted_ns = skv_now_ns() + in_ms * UINT64_C(1000000);
-}
-
-/* Takes a message's fds into what is held; those it has no use for are closed. */
-static void hold(const struct keeper_message *m, int *fds, uint32_t count)
-{
-    uint32_t taken = 0;
-    switch (m->kind) {
-    case KEEPER_FRESH:
-        drop_all();
-        break;
-    case KEEPER_POOL:
-        held.extent_bytes = m->extent_bytes;
-        while (taken < count && held.extents < KEEPER_FDS) {
-            copy(fds[taken], POOL_NAME, held.extents);
-            held.pool[held.extents++] = fds[taken++];
-        }
-        skv_failpoint(FAIL_keeper_part);
-        break;
-    case KEEPER_TABLE:
-        if (count) {
-            drop_table();
-            held.table = fds[taken++];
-            copy(held.table, TABLE_NAME, (unsigned long long)held.extent_bytes);
-        }
-        break;
-    case KEEPER_SESSION_TABLE:
-        if (count) {
-            drop_sessions();
-            held.sessions = fds[taken++];
-            copy(held.sessions, SESSIONS_NAME);
-        }
-        break;
-    case KEEPER_WHOLE:
-        skv_failpoint(FAIL_keeper_unwhole);
-        held.whole = held.extents && held.table >= 0 && held.sessions >= 0;
-        break;
-    case KEEPER_WORKER:
-        if (count && held.worker_count < KEEPER_SESSIONS) {
-            held.workers[held.worker_count].id = m->id;
-            copy(fds[taken], WORKER_NAME, (unsigned long long)m->id);
-            held.workers[held.worker_count++].pidfd = fds[taken++];
-        }
-        skv_failpoint(FAIL_keeper_pidfd);
-        break;
-    case KEEPER_GONE:
-        forget_worker(m->id);
-        break;
-    case KEEPER_LIFE:
-        drop_life();
-        if (count)
-            held.life = fds[taken++];
-        break;
-    case KEEPER_STANDBY:
-        want_next(hurry ? 0 : STANDBY_MS);
-        break;
-    }
-    while (taken < count)
-        close(fds[taken++]);
-}
-
-/* All that has come. false: the daemon's end is closed. */
-static bool listen_to(int socket)
-{
-    for (;;) {
-        struct keeper_message m;
-        int fds[SKV_FDS_PER_MESSAGE];
-        uint32_t count;
-        ssize_t got = skv_receive_fds(socket, &m, sizeof m, fds, &count, MSG_DONTWAIT);
-        if (got < 0 && errno == EAGAIN)
-            return true;
-        if (got == sizeof m && m.magic == KEEPER_MAGIC) {
-            hold(&m, fds, count);
-            continue;
-        }
-        while (count)
-            close(fds[--count]);
-        if (got <= 0 && errno != EPROTO)
-            return false;
-        skv_error("a message that is not sidekvd's, or that lost its fds: nothing is kept from now "
-                  "on");
-        drop_all(); /* until a daemon starts afresh */
-        if (got == 0)
-            return false;
-    }
-}
+static bool stopping; /* SIGTERM or SIGINT came */
+static bool hurry;    /* for tests: no pauses */
 
 /* ---- starting it ---- */
-
-static int say(int socket, enum keeper_kind kind, uint64_t id, const int *fds, uint32_t count)
-{
-    struct keeper_message m = {
-        .magic = KEEPER_MAGIC, .kind = kind, .id = id, .extent_bytes = held.extent_bytes};
-    return skv_send_fds(socket, &m, sizeof m, fds, count, 0);
-}
-
-/* Gives the new daemon what is held; it keeps being held. The daemon before it is gone. */
-static void give(struct child *daemon)
-{
-    daemon->began_ns = skv_now_ns();
-    daemon->waits = false;
-    int socket = daemon->socket;
-    int pidfd = manager >= 0 ? (int)syscall(SYS_pidfd_open, daemon->pid, 0) : -1;
-    if (pidfd >= 0) {
-        copy(pidfd, DAEMON_NAME);
-        close(pidfd);
-    }
-    if (!held.whole)
-        drop_all();
-    int failed = 0;
-    for (uint32_t i = 0; i < held.extents && !failed; i += SKV_FDS_PER_MESSAGE) {
-        uint32_t left = held.extents - i;
-        failed = say(socket, KEEPER_POOL, i, held.pool + i,
-                     left < SKV_FDS_PER_MESSAGE ? left : SKV_FDS_PER_MESSAGE);
-        skv_failpoint(FAIL_keeper_giving);
-    }
-    if (held.whole && !failed)
-        failed = say(socket, KEEPER_TABLE, 0, &held.table, 1) ||
-                 say(socket, KEEPER_SESSION_TABLE, 0, &held.sessions, 1);
-    for (uint32_t i = 0; i < held.worker_count && !failed; i++)
-        failed = say(socket, KEEPER_WORKER, held.workers[i].id, &held.workers[i].pidfd, 1);
-    if (!failed)
-        failed = say(socket, KEEPER_END, manager >= 0 ? KEEPER_SUCCEEDED : 0, NULL, 0);
-    if (failed && errno != EPIPE) /* else it has ended, and how is told soon */
-        skv_error("the new sidekvd did not take what was kept: %s", strerror(errno));
-}
 
 /* sidekvd beside this program, else the one in PATH; NULL: neither. The text is valid till the next
  * call. */
@@ -422,7 +143,7 @@ static bool start(struct child *daemon)
         close(pair[0]);
         return false;
     }
-    setsockopt(pair[0], SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = GIVE_S},
+    setsockopt(pair[0], SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = KEEPER_GIVE_S},
                sizeof(struct timeval));
     daemon->pid = pid;
     daemon->socket = pair[0];
@@ -441,6 +162,17 @@ static void call_off(struct child *daemon)
     daemon->pid = 0;
 }
 
+/* Gives the new daemon what is held. The daemon before it is gone. */
+static void give(struct child *daemon)
+{
+    daemon->began_ns = skv_now_ns();
+    daemon->waits = false;
+    skv_held_daemon(&held, daemon->pid);
+    if (skv_held_give(&held, daemon->socket) &&
+        errno != EPIPE) /* it has ended, and how is told soon */
+        skv_error("the new sidekvd did not take what was kept: %s", strerror(errno));
+}
+
 /* ---- watching it ---- */
 
 static void take_signals(pid_t pid)
@@ -452,6 +184,20 @@ static void take_signals(pid_t pid)
             if (pid > 0)
                 kill(pid, (int)info.ssi_signo);
         }
+}
+
+static void want_next(uint32_t in_ms)
+{
+    next.wanted_ns = skv_now_ns() + in_ms * UINT64_C(1000000);
+}
+
+/* All that has come of the one that serves. */
+static void listen_to(struct child *daemon)
+{
+    bool standby = false;
+    daemon->listening = skv_held_listen(&held, daemon->socket, &standby);
+    if (standby)
+        want_next(hurry ? 0 : STANDBY_MS);
 }
 
 static bool lived_long(const struct child *daemon)
@@ -584,9 +330,9 @@ static int watch(struct child *daemon)
         if (fds[0].revents)
             take_signals(daemon->pid);
         if (fds[1].revents)
-            daemon->listening = listen_to(daemon->socket);
+            listen_to(daemon);
         if (fds[2].revents) {
-            drop_life();
+            skv_held_drop_life(&held);
             /* One that ends in order has hung up before. */
             if (daemon->listening && held.whole && (hurry || lived_long(daemon)))
                 want_next(0);
@@ -595,10 +341,10 @@ static int watch(struct child *daemon)
             listen_to_next(daemon);
     }
     if (daemon->listening)
-        listen_to(daemon->socket); /* what it said last */
+        listen_to(daemon); /* what it said last */
     close(daemon->socket);
     daemon->listening = false;
-    drop_life();
+    skv_held_drop_life(&held);
     reap_next(daemon); /* they may have been killed together */
     return status;
 }
@@ -631,7 +377,7 @@ static int keep(void)
         if (!succeed(&daemon, planned))
             return 1;
         int status = watch(&daemon);
-        copy(-1, DAEMON_NAME);
+        skv_held_daemon(&held, 0);
         skv_failpoint(FAIL_keeper_reaped);
         served = served || held.whole;
         if (is_over(status, served, &code))
@@ -682,12 +428,8 @@ int main(int argc, char **argv)
         skv_error("signalfd: %s", strerror(errno));
         return 1;
     }
-    manager = skv_notify_open();
-    if (manager >= 0)
-        setsockopt(manager, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_sec = GIVE_S},
-                   sizeof(struct timeval));
     hurry = getenv("SIDEKV_TEST_NO_PAUSE") != NULL;
     command = argv;
-    take_all_back();
+    skv_held_open(&held);
     return keep();
 }
