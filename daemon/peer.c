@@ -121,12 +121,15 @@ static void forget_live(struct daemon *daemon, uint32_t index)
 }
 
 /* Throws away what a client said and nobody read: closing a socket over it would take our goodbye
- * back. It can say no more, so this ends. */
+ * back. It can say no more, so this ends. Every message comes with credentials that there is no
+ * room for, which tells an empty one from the end. */
 static void drain(int socket)
 {
-    char byte;
-    while (recv(socket, &byte, sizeof byte, MSG_DONTWAIT) > 0)
-        ;
+    struct msghdr in;
+    setsockopt(socket, SOL_SOCKET, SO_PASSCRED, &(int){1}, sizeof(int));
+    do
+        in = (struct msghdr){0};
+    while (recvmsg(socket, &in, MSG_DONTWAIT) >= 0 && in.msg_flags & MSG_CTRUNC);
 }
 
 void skv_peer_end(struct peer *peer, int status, const char *reason)

@@ -249,6 +249,33 @@ Test(refusals, a_message_after_the_handshake_ends_the_session)
     expect_undisturbed();
 }
 
+/* More than the daemon will read: it looks at one message and throws the others away, or its own
+ * last words would be lost. */
+static void say_much(int socket)
+{
+    static const char *const words[] = {"much", "", "more", "", "", "than", "is read", ""};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        raw_send(socket, words[i], strlen(words[i]), NULL, 0);
+}
+
+Test(refusals, what_nobody_reads_takes_no_goodbye_back)
+{
+    struct raw raw;
+    struct wire_welcome answer = {0};
+    cr_assert(raw_open(&raw, &rig, &tiny));
+    int fresh = raw_connect(&rig);
+    kill(rig.daemon, SIGSTOP);
+    say_much(raw.socket);
+    say_much(fresh);
+    kill(rig.daemon, SIGCONT);
+    cr_expect_eq(raw_goodbye(&raw, 5000), SKV_EPROTO);
+    cr_expect_eq(raw_receive(fresh, &answer, sizeof answer, NULL, 5000), sizeof answer);
+    cr_expect_eq(answer.status, SKV_EPROTO);
+    close(fresh);
+    raw_close(&raw);
+    expect_undisturbed();
+}
+
 Test(refusals, completions_that_nobody_takes_stop_only_their_own_session)
 {
     struct raw raw;
