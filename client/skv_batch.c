@@ -238,10 +238,9 @@ static int acquire_all(struct skv *skv, const struct skv_request *requests, uint
             status = end_batch(skv, batch, WIRE_RELEASE, deadline);
     } while (!status && differing);
     int viewed = status ? SKV_OK : skv_views_grant(skv, batch);
-    if (viewed) {
+    if (viewed && !skv_lost(skv))
         status = end_batch(skv, batch, WIRE_RELEASE, deadline);
-        status = status ? status : viewed;
-    }
+    status = status ? status : viewed;
     if (status && skv_lost(skv))
         skv->rows[batch->row] = (struct skv_row){0}; /* nobody has seen this batch */
     return status;

@@ -276,6 +276,14 @@ static int check_welcome(struct skv_link *link, const struct wire_hello *hello, 
     return worker ? check_pool(link) : SKV_OK;
 }
 
+/* A bell rung too often, or one that is none, shall not hold up whoever rings it. */
+static int check_bells(struct skv_link *link)
+{
+    if (fcntl(link->sq_event, F_SETFL, O_NONBLOCK) || fcntl(link->cq_event, F_SETFL, O_NONBLOCK))
+        return fail(link, SKV_EPROTO, "the session's doorbells: %s", strerror(errno));
+    return SKV_OK;
+}
+
 /* A memfd that is smaller than it should be, or may shrink, is a SIGBUS to come. */
 static int check_memory(struct skv_link *link)
 {
@@ -314,7 +322,8 @@ static int receive_welcome(struct skv_link *link, const struct wire_hello *hello
     link->sq_event = fds[1];
     link->cq_event = fds[2];
     link->table = wanted == WORKER_FDS ? fds[3] : -1;
-    return check_memory(link);
+    status = check_bells(link);
+    return status ? status : check_memory(link);
 }
 
 /* ---- the pool's fds ---- */

@@ -208,7 +208,8 @@ static int map_pool(struct skv *skv)
 {
     const struct wire_welcome *w = &skv->link.welcome;
     if (skv->pool_mapped && w->pool_id == skv->pool_id && w->pool_pages == skv->server.pool_pages &&
-        w->pool_bytes == skv->server.pool_bytes && w->protect == skv->server.protect) {
+        w->pool_bytes == skv->server.pool_bytes && w->protect == skv->server.protect &&
+        w->extent_bytes == skv_pool_exported(skv->pool)->extent_bytes) {
         skv_link_close_extents(&skv->link);
         return SKV_OK;
     }

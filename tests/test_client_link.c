@@ -332,6 +332,30 @@ Test(client_link, a_device_that_this_process_cannot_see_is_no_device)
     expect_refusal("device", foreign_device, SKV_ENODEVICE, 4000);
 }
 
+/* A doorbell that nobody reads is full one day, and a write to it waits. */
+static void full_doorbell(struct fake *f)
+{
+    fake_accept(f);
+    fake_prepare(f);
+    FAKE_CHECK(eventfd_write(f->fds[1], UINT64_MAX - 1) == 0);
+    ((struct wire_ring *)(void *)f->memory)->sq_flags = WIRE_NEED_WAKEUP;
+    fake_send_welcome(f);
+    fake_send_extents(f);
+    fake_await_hang_up(f);
+}
+
+Test(client_link, a_full_doorbell_holds_no_call_up)
+{
+    struct skv_options options = fake_options(&fake);
+    options.timeout_ms = 200;
+    struct skv *skv = NULL;
+    fake_start(&fake, full_doorbell);
+    cr_assert_eq(skv_open(&options, &skv), 0);
+    cr_expect_eq(skv_ping(skv, NULL), SKV_ETIMEDOUT);
+    skv_close(skv);
+    cr_assert_eq(fake_end(&fake), 0);
+}
+
 /* ---- extents ---- */
 
 #define MANY 450u

@@ -3,7 +3,7 @@
 #include <criterion/criterion.h>
 
 #include "fake_daemon.h"
-#include "sidekv.h"
+#include "skv_session.h"
 #include "writable.h"
 
 #define EXTENTS      4u
@@ -185,4 +185,61 @@ Test(views, without_protection_there_is_one_address)
     skv_close(skv);
     skv = NULL;
     cr_expect_eq(fake_end(&fake), 0);
+}
+
+/* ---- another pool that says it is the same ---- */
+
+static void lend_300(struct fake *f)
+{
+    fake_accept(f);
+    fake_prepare(f);
+    f->welcome.pool_id = 4711;
+    fake_send_welcome(f);
+    fake_send_extents(f);
+    grant(f, 300);
+    struct wire_sqe sqe = fake_take(f, WIRE_RELEASE);
+    fake_answer(f, &sqe, 0);
+}
+
+static void append_to_300(void)
+{
+    cr_assert_eq(acquire(), 0);
+    cr_expect(writable((uint8_t *)skv_pool_append_base(skv) + 300 * 8192));
+    cr_assert_eq(skv_release(skv, &batch), 0);
+    cr_assert_eq(fake_end(&fake), 0);
+}
+
+Test(views, a_pool_of_other_extents_is_mapped_anew)
+{
+    struct skv_options options = fake_options(&fake);
+    fake_start(&fake, lend_300);
+    cr_assert_eq(skv_open(&options, &skv), 0);
+    append_to_300();
+    fake.extents = EXTENTS / 2;
+    fake_start(&fake, lend_300);
+    cr_assert_eq(skv_reconnect(skv, 4000), 0);
+    append_to_300();
+}
+
+/* ---- a list that changes ---- */
+
+static void idle(struct fake *f)
+{
+    fake_handshake(f);
+    fake_await_hang_up(f);
+}
+
+/* The page list stays the daemon's memory: what was checked may be another page by now. */
+Test(views, a_page_that_leaves_the_pool_after_it_was_checked_ends_the_session)
+{
+    static const uint32_t pages[] = {1, UINT32_MAX / 2};
+    fake_start(&fake, idle);
+    struct skv_options options = fake_options(&fake);
+    cr_assert_eq(skv_open(&options, &skv), 0);
+    batch = (struct skv_batch){
+        .count = 1, .grants[0] = {.flags = SKV_GRANT_APPEND, .page_count = 2, .pages = pages}};
+    cr_expect_eq(skv_views_grant(skv, &batch), SKV_EPROTO);
+    cr_expect(skv_lost(skv));
+    cr_expect_eq(in_view(), 1);
+    cr_assert_eq(fake_end(&fake), 0);
 }
