@@ -118,6 +118,7 @@ static int host_open(struct skv_device_query *query, struct skv_device **out)
     memcpy(info->uuid, uuid, sizeof uuid);
     info->total_bytes = meminfo_bytes("MemTotal");
     info->mps = getenv("SIDEKV_TEST_MPS") != NULL; /* for tests: as if it were so */
+    host->hold = getenv("SIDEKV_TEST_COPY_HOLD");
     *out = &host->device;
     return 0;
 }

@@ -7,6 +7,7 @@
 struct skv_host_device {
     struct skv_device device;
     _Atomic uint64_t delay_ns; /* skv_device_delay: added to everything queued from now on */
+    const char *hold; /* for tests, or NULL: a path; no copy or write while there is such a file */
 };
 
 int skv_host_stream_open(struct skv_device *device, struct skv_stream **out);

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "clock.h"
 #include "log.h"
@@ -55,10 +56,12 @@ static void sleep_until(uint64_t due_ns)
         ;
 }
 
-static void execute(const struct operation *operation)
+static void execute(const struct operation *operation, const char *hold)
 {
     if (operation->due_ns > skv_now_ns())
         sleep_until(operation->due_ns);
+    while (hold && access(hold, F_OK) == 0)
+        sleep_until(skv_now_ns() + 1000000);
     if (operation->src)
         memcpy(operation->dst, operation->src, operation->bytes);
     else
@@ -68,6 +71,7 @@ static void execute(const struct operation *operation)
 static void *run(void *argument)
 {
     struct host_stream *host = argument;
+    const char *hold = ((struct skv_host_device *)host->stream.device)->hold;
     pthread_mutex_lock(&host->lock);
     for (;;) {
         uint64_t done = atomic_load_explicit(&host->done, memory_order_relaxed); /* own writes */
@@ -79,7 +83,7 @@ static void *run(void *argument)
         }
         struct operation operation = host->queue[done & (host->capacity - 1)];
         pthread_mutex_unlock(&host->lock);
-        execute(&operation);
+        execute(&operation, hold);
         pthread_mutex_lock(&host->lock);
         /* Release: whoever sees the count, in skv_host_stream_query, sees the bytes. */
         atomic_store_explicit(&host->done, done + 1, memory_order_release);

@@ -79,14 +79,14 @@ static inline void rig_stop(struct rig *rig, int signal)
     rig->daemon = 0;
 }
 
-/* The daemon is asked to end, so that leak checkers and coverage see all of it; then it is killed.
- */
+/* The daemon is asked to end, so that leak checkers and coverage see all of it; after a minute it
+ * is killed. */
 static inline void rig_fini(struct rig *rig)
 {
     char command[128];
     if (rig->daemon > 0)
         kill(rig->daemon, SIGTERM);
-    for (int i = 0; rig->daemon > 0 && i < 1000; i++) {
+    for (int i = 0; rig->daemon > 0 && i < 6000; i++) {
         if (waitpid(rig->daemon, NULL, WNOHANG) != 0)
             rig->daemon = 0;
         else
@@ -98,12 +98,15 @@ static inline void rig_fini(struct rig *rig)
         fprintf(stderr, "%s is left\n", rig->directory);
 }
 
-/* Opens a session, waiting for the daemon to be there. */
+/* Opens a session, waiting for the daemon to be there: a minute, as its calls may take where the
+ * test says nothing else. The machine may be busy. */
 static inline int rig_connect(const struct rig *rig, struct skv_options options, struct skv **skv)
 {
     int status = SKV_ELOST;
     options.socket = rig->socket;
-    for (int i = 0; i < 200 && (status = skv_open(&options, skv)) == SKV_ELOST; i++)
+    if (!options.timeout_ms)
+        options.timeout_ms = 60000;
+    for (int i = 0; i < 1200 && (status = skv_open(&options, skv)) == SKV_ELOST; i++)
         usleep(50000);
     return status;
 }

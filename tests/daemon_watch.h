@@ -43,7 +43,7 @@ static inline uint64_t watch_fds(pid_t pid)
 /* Waits till the daemon listens. */
 static inline void watch_start(const struct rig *rig)
 {
-    for (int i = 0; i < 2000 && access(rig->socket, F_OK); i++)
+    for (int i = 0; i < 6000 && access(rig->socket, F_OK); i++)
         usleep(10000);
     usleep(10000); /* between bind() and listen() */
 }
@@ -67,7 +67,7 @@ static inline uint64_t watch_settle(const struct rig *rig, struct daemon_use *us
     struct skv *admin = watch_admin(rig);
     pid_t pid = (pid_t)skv_server(admin)->pid;
     bool good = false;
-    for (int i = 0; i < 500 && !good; i++) {
+    for (int i = 0; i < 3000 && !good; i++) {
         usleep(20000);
         if (skv_stats(admin, &stats))
             break;
@@ -116,7 +116,7 @@ static inline uint64_t watch_empty(const struct rig *rig)
 {
     struct skv *admin = watch_admin(rig);
     struct skv_stats stats = {0};
-    for (int i = 0; i < 500; i++) {
+    for (int i = 0; i < 3000; i++) {
         if (skv_stats(admin, &stats) ||
             (stats.pool_pages_free == stats.pool_pages && stats.sessions == 1))
             break;

@@ -13,7 +13,7 @@
 
 #define MIB  (UINT64_C(1) << 20)
 #define PAGE MIB /* the benchmark model's */
-#define LONG 20000u
+#define LONG 60000u
 
 static inline void fill(void *memory, uint64_t bytes, uint64_t seed)
 {

@@ -123,7 +123,7 @@ static inline bool full_start(struct rig *rig, const char *const options[], pthr
     rig_child = NULL;
     close(tight.sockets[1]);
     int fds[8] = {-1};
-    bool heard = raw_receive(tight.sockets[0], &byte, 1, fds, 10000) == 1;
+    bool heard = raw_receive(tight.sockets[0], &byte, 1, fds, RAW_PATIENCE_MS) == 1;
     close(tight.sockets[0]);
     tight.listener = fds[0];
     return heard && pthread_create(supervisor, NULL, full_supervise, NULL) == 0;
@@ -159,7 +159,7 @@ static inline void full_empty(void)
 static inline bool full_is_empty(void)
 {
     struct statvfs use;
-    for (int i = 0; i < 2000; i++) {
+    for (int i = 0; i < 6000; i++) {
         if (!statvfs(tight.directory, &use) && use.f_bfree == use.f_blocks)
             return true;
         usleep(10000);

@@ -24,7 +24,7 @@ static inline void hello_in_two_messages(struct scene *s)
     int fd = raw_connect(s->rig);
     raw_send(fd, &hello, 64, fds, 2);
     raw_send(fd, (char *)&hello + 64, 64, NULL, 0);
-    NEED(raw_receive(fd, &answer, sizeof answer, NULL, 10000) == sizeof answer);
+    NEED(raw_receive(fd, &answer, sizeof answer, NULL, RAW_PATIENCE_MS) == sizeof answer);
     tell(s, answer.status, answer.text);
 }
 
@@ -57,7 +57,7 @@ static inline void goodbye_read_late(struct scene *s)
     NEED(opens(s));
     raw_submit(&s->raw, &(struct wire_sqe){.opcode = 200});
     struct pollfd over = {.fd = s->raw.socket, .events = POLLIN};
-    NEED(poll(&over, 1, 20000) == 1);
+    NEED(poll(&over, 1, RAW_PATIENCE_MS) == 1);
     for (int i = 0; i < 20; i++) { /* goes on as if nothing had been said */
         raw_publish(&s->raw, &(struct wire_sqe){.opcode = 200});
         raw_bell(&s->raw);
@@ -89,7 +89,7 @@ static inline void listens_to_no_welcome(struct scene *s)
     shutdown(s->raw.socket, SHUT_RD);
     raw_send(s->raw.socket, &hello, sizeof hello, fds, 2);
     struct pollfd over = {.fd = s->raw.socket};
-    NEED(poll(&over, 1, 10000) == 1 && over.revents & POLLHUP);
+    NEED(poll(&over, 1, RAW_PATIENCE_MS) == 1 && over.revents & POLLHUP);
     tell(s, 0, CLOSED);
 }
 
@@ -104,7 +104,7 @@ static inline void says_nothing(struct scene *s)
 {
     struct wire_welcome answer;
     int fd = raw_connect(s->rig);
-    NEED(raw_receive(fd, &answer, sizeof answer, NULL, 20000) == sizeof answer);
+    NEED(raw_receive(fd, &answer, sizeof answer, NULL, RAW_PATIENCE_MS) == sizeof answer);
     tell(s, answer.status, answer.text);
 }
 
@@ -126,7 +126,7 @@ static inline void leaves_after_its_welcome(struct scene *s)
     struct wire_welcome answer;
     int fds[2] = {gift_fd(PIDFD), gift_fd(GATES)}, fd = raw_connect(s->rig);
     raw_send(fd, &hello, sizeof hello, fds, 2);
-    NEED(raw_receive(fd, &answer, sizeof answer, NULL, 10000) == sizeof answer);
+    NEED(raw_receive(fd, &answer, sizeof answer, NULL, RAW_PATIENCE_MS) == sizeof answer);
     close(fd);
     tell(s, 0, CLOSED);
 }
@@ -141,6 +141,17 @@ static inline void leaves_with_everything_open(struct scene *s)
 
 /* ---- processes ---- */
 
+static inline bool is_stopped(pid_t pid)
+{
+    char path[64], line[512] = {0};
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+    FILE *file = fopen(path, "re");
+    bool stopped = file && fgets(line, sizeof line, file) && strstr(line, ") T ");
+    if (file)
+        fclose(file);
+    return stopped;
+}
+
 static inline void stopped_and_let_go(struct scene *s)
 {
     struct wire_cqe cqe;
@@ -148,6 +159,8 @@ static inline void stopped_and_let_go(struct scene *s)
     NEED(opens(s) && acquires(&s->raw, 0, own_user(), 40, &cqe));
     if ((helper = fork()) == 0) {
         raw_close(&s->raw);
+        for (int i = 0; i < RAW_PATIENCE_MS && !is_stopped(me); i++)
+            usleep(1000);
         usleep(50000);
         _exit(kill(me, SIGCONT));
     }

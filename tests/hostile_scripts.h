@@ -37,7 +37,7 @@ static inline void tell(struct scene *s, int status, const char *text)
 static inline void ended(struct scene *s)
 {
     struct wire_goodbye bye = {0};
-    ssize_t got = raw_receive(s->raw.socket, &bye, sizeof bye, NULL, 20000);
+    ssize_t got = raw_receive(s->raw.socket, &bye, sizeof bye, NULL, RAW_PATIENCE_MS);
     if (got == sizeof bye && bye.magic == WIRE_MAGIC)
         tell(s, bye.status, bye.text);
     else
@@ -313,7 +313,7 @@ static inline void completions_not_taken(struct scene *s)
              s->raw.sq_tail - __atomic_load_n(&s->raw.ring->sq_head, __ATOMIC_ACQUIRE) ==
              WIRE_ENTRIES;
              wait++) {
-            NEED(wait < 10000);
+            NEED(wait < RAW_PATIENCE_MS);
             usleep(1000);
         }
         raw_submit(&s->raw, &(struct wire_sqe){.opcode = WIRE_STATS, .user_data = i});

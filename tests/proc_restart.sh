@@ -40,7 +40,7 @@ ok "the daemon is gone" [ ! -e "$work/s" ]
 "$bin/sidekv-keeper" --nonsense >"$work/log" 2>&1
 status=$?
 ok "a wrong option is not tried again" [ "$status" = 2 ]
-timeout 20 "$bin/sidekv-keeper" --socket "$work/s" --store "$work/kept" --store-bytes 1M --pool-bytes 64M --device host >"$work/log" 2>&1
+timeout 120 "$bin/sidekv-keeper" --socket "$work/s" --store "$work/kept" --store-bytes 1M --pool-bytes 64M --device host >"$work/log" 2>&1
 status=$?
 ok "nor is a first start without its store" [ "$status" = 1 ]
 start sidekvd

@@ -38,7 +38,7 @@ replay() {
 field() { tail -1 "$work/out" | sed -n "s/.*\"$1\": *\"\{0,1\}\([^,}\"]*\).*/\1/p"; }
 # ready: waits for a daemon at the test's socket
 ready() {
-    for _ in $(seq 400); do
+    for _ in $(seq 1200); do
         "$sidekv" --socket "$work/s" ping -c 1 >/dev/null 2>&1 && return
         sleep 0.05
     done

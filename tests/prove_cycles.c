@@ -130,7 +130,7 @@ static uint64_t shared_files(void)
 
 static uint64_t keeper_settles(pid_t keeper, uint64_t before)
 {
-    for (int i = 0; i < 500 && watch_fds(keeper) > before; i++)
+    for (int i = 0; i < 3000 && watch_fds(keeper) > before; i++)
         usleep(20000);
     printf("keeper: %llu fds, before: %llu\n", (unsigned long long)watch_fds(keeper),
            (unsigned long long)before);

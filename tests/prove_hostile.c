@@ -516,6 +516,8 @@ static const struct hole {
 
 #define HOLES (sizeof holes / sizeof *holes)
 
+static char hold[128]; /* while there is such a file, the daemon's copies and gates wait */
+
 static void fall_in(struct scene *s, const struct hole *hole)
 {
     struct wire_hello hello = raw_hello(&tiny);
@@ -525,19 +527,16 @@ static void fall_in(struct scene *s, const struct hole *hole)
     NEED(raw_open_as(&s->raw, s->rig, &hello, gates));
     NEED(acquires(&s->raw, 0, own_user(), 640, &cqe) && ends(&s->raw, WIRE_COMMIT, 0, &cqe));
     if (hole->where == GATES_WHILE_GATED) {
-        struct pollfd over = {.fd = s->raw.socket, .events = POLLIN};
         const struct wire_sqe out = {.opcode = WIRE_EVICT, .user = {own_user(), 1}};
-        for (int i = 0; i < 50; i++) { /* the copies are slow, but this process may be slower */
-            NEED(does(&s->raw, out, &cqe));
-            NEED(pwrite(gates, "", 1, 0) == 1); /* so that it is there to take, each time */
-            full_fill();
-            NEED(acquires(&s->raw, 0, own_user(), 640, &cqe) && cqe.value[0] == 1);
-            NEED(full_take(gates, 0));
-            if (poll(&over, 1, 2000) == 1)
-                break;
-            full_empty();
-            NEED(ends(&s->raw, WIRE_RELEASE, 0, &cqe));
-        }
+        NEED(does(&s->raw, out, &cqe));
+        NEED(pwrite(gates, "", 1, 0) == 1); /* so that it is there to take */
+        full_fill();
+        int held = open(hold, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+        NEED(held >= 0 && close(held) == 0);
+        bool taken =
+            acquires(&s->raw, 0, own_user(), 640, &cqe) && cqe.value[0] == 1 && full_take(gates, 0);
+        unlink(hold);
+        NEED(taken);
     } else {
         bool batch = hole->opcode == WIRE_ACQUIRE || hole->opcode == WIRE_COMMIT;
         struct wire_ring *ring = s->raw.ring;
@@ -561,9 +560,10 @@ static uint64_t fall_all(bool epoll, uint64_t rounds)
     pthread_t supervisor;
     uint64_t failures = 0, races = 0;
     rig_init(&rig);
-    setenv("SIDEKV_TEST_COPY_DELAY_US", "2000", 1);
+    snprintf(hold, sizeof hold, "%s/hold", rig.directory);
+    setenv("SIDEKV_TEST_COPY_HOLD", hold, 1);
     bool can = full_start(&rig, options_of(epoll), &supervisor);
-    unsetenv("SIDEKV_TEST_COPY_DELAY_US");
+    unsetenv("SIDEKV_TEST_COPY_HOLD");
     if (!can) {
         rig_fini(&rig);
         return UINT64_MAX;

@@ -12,6 +12,8 @@
 #include "daemon_rig.h"
 #include "ring.h"
 
+#define RAW_PATIENCE_MS 60000 /* for what the daemon does at once, on a busy machine */
+
 struct raw {
     int socket;
     struct wire_welcome welcome;
@@ -30,7 +32,7 @@ static inline int raw_connect(const struct rig *rig)
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     strncpy(address.sun_path, rig->socket, sizeof address.sun_path - 1);
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    for (int i = 0; i < 200; i++) {
+    for (int i = 0; i < 1200; i++) {
         if (connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
             return fd;
         usleep(50000);
@@ -107,13 +109,13 @@ static inline ssize_t raw_receive(int socket, void *message, size_t bytes, int *
 static inline bool raw_welcome(struct raw *raw, uint32_t rows)
 {
     int fds[8] = {-1, -1, -1, -1};
-    if (raw_receive(raw->socket, &raw->welcome, sizeof raw->welcome, fds, 10000) !=
+    if (raw_receive(raw->socket, &raw->welcome, sizeof raw->welcome, fds, RAW_PATIENCE_MS) !=
             sizeof raw->welcome ||
         raw->welcome.status)
         return false;
     struct wire_extents part;
     for (uint32_t seen = 0; seen < raw->welcome.extents; seen += part.count)
-        if (raw_receive(raw->socket, &part, sizeof part, NULL, 10000) != sizeof part)
+        if (raw_receive(raw->socket, &part, sizeof part, NULL, RAW_PATIENCE_MS) != sizeof part)
             return false;
     raw->memory =
         mmap(NULL, raw->welcome.session_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
@@ -171,10 +173,10 @@ static inline void raw_submit(struct raw *raw, const struct wire_sqe *sqe)
     raw_bell(raw);
 }
 
-/* The next completion, within ten seconds. */
+/* The next completion. */
 static inline bool raw_completion(struct raw *raw, struct wire_cqe *cqe)
 {
-    for (int i = 0; i < 10000; i++) {
+    for (int i = 0; i < RAW_PATIENCE_MS; i++) {
         if (__atomic_load_n(&raw->ring->cq_tail, __ATOMIC_ACQUIRE) != raw->cq_head) {
             *cqe = raw->cqes[raw->cq_head & (WIRE_CQ_ENTRIES - 1)];
             __atomic_store_n(&raw->ring->cq_head, ++raw->cq_head, __ATOMIC_RELEASE);
@@ -185,12 +187,12 @@ static inline bool raw_completion(struct raw *raw, struct wire_cqe *cqe)
     return false;
 }
 
-/* Why the daemon ended the session: the goodbye's status, 0 when it did not within the time. */
-static inline int raw_goodbye(struct raw *raw, int timeout_ms)
+/* Why the daemon ended the session: the goodbye's status, 0 when it did not. */
+static inline int raw_goodbye(struct raw *raw)
 {
     struct wire_goodbye bye;
-    return raw_receive(raw->socket, &bye, sizeof bye, NULL, timeout_ms) == sizeof bye ? bye.status
-                                                                                      : 0;
+    bool said = raw_receive(raw->socket, &bye, sizeof bye, NULL, RAW_PATIENCE_MS) == sizeof bye;
+    return said ? bye.status : 0;
 }
 
 static inline void raw_close(struct raw *raw)

@@ -57,12 +57,12 @@ static inline pid_t kill_slowly(pid_t keeper, pid_t daemon)
     cr_assert_eq(waitpid(daemon, &status, __WALL), daemon);
     if (status >> 8 != (SIGTRAP | PTRACE_EVENT_EXIT << 8))
         cr_skip_test("a kernel that does not stop who is killed");
-    for (int i = 0; i < 10000 && children(keeper, pids) < 2; i++)
+    for (int i = 0; i < 60000 && children(keeper, pids) < 2; i++)
         poll(NULL, 0, 1);
     cr_assert_eq(children(keeper, pids), 2, "no next daemon is started");
     pid_t next = pids[pids[0] == daemon];
     /* Before its exec it has the keeper's. */
-    for (int i = 0; i < 1000 && memfds_of(next); i++)
+    for (int i = 0; i < 6000 && memfds_of(next); i++)
         poll(NULL, 0, 10);
     poll(NULL, 0, 200); /* it comes as far as it will */
     cr_expect_eq(memfds_of(next), 0, "it has the tables of a daemon that is not gone");

@@ -59,10 +59,10 @@ static void *copy_and_look(void *argument)
         CHECK(skv_stream_copy(stream, SKV_TO_HOST, down, count) == 0);
         CHECK(skv_stream_write32(stream, gate, round) == 0);
         CHECK(skv_stream_mark(stream, &mark) == 0);
-        CHECK(skv_gate_wait(gate, 10000) == 0);
+        CHECK(skv_gate_wait(gate, 60000) == 0);
         for (uint32_t i = 0; i < count; i++)
             CHECK(memcmp(pinned + i * PAGE, pinned + (PAGES + i) * PAGE, PAGE) == 0);
-        CHECK(skv_stream_wait(stream, mark, 10000) == 0);
+        CHECK(skv_stream_wait(stream, mark, 60000) == 0);
         atomic_fetch_add(&rounds, 1);
     }
     skv_stream_close(stream);

@@ -14,7 +14,7 @@
 #include "clock.h"
 #include "ring.h"
 
-#define STALL_MS 10000
+#define STALL_MS 60000
 #define SHUFFLED 8 /* commands that the daemon holds back and answers in another order */
 
 static struct wire_ring ring;

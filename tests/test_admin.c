@@ -51,7 +51,7 @@ static void tear_down(void)
     rig_fini(&rig);
 }
 
-TestSuite(admin, .init = set_up, .fini = tear_down, .timeout = 60);
+TestSuite(admin, .init = set_up, .fini = tear_down, .timeout = 180);
 
 static struct skv_grant acquire(struct skv *skv, uint32_t row, uint64_t user, uint32_t history,
                                 struct skv_batch *batch)
@@ -215,7 +215,7 @@ Test(admin, mps_is_seen_told_and_counted_on_both_sides)
     cr_assert_eq(skv_stats(admin, &stats), 0);
     cr_expect_eq(stats.mps_workers, 1, "the worker tells the daemon");
     skv_close(under);
-    for (int i = 0; i < 200 && stats.mps_workers; i++) {
+    for (int i = 0; i < 2000 && stats.mps_workers; i++) {
         usleep(10000);
         cr_assert_eq(skv_stats(admin, &stats), 0);
     }

@@ -20,7 +20,7 @@ static void teardown(void)
     fake_fini(&fake);
 }
 
-TestSuite(client, .init = setup, .fini = teardown, .timeout = 60);
+TestSuite(client, .init = setup, .fini = teardown, .timeout = 180);
 
 static void open_with(void (*script)(struct fake *), uint32_t timeout_ms, uint32_t spin_us)
 {
@@ -110,7 +110,7 @@ Test(client, a_batch_goes_out_and_comes_back)
     uint64_t hashes[4];
     skv_chain_hashes(fake_model, requests[2].user, 16, tokens[2], 64, 0, hashes);
     requests[2].hashes = hashes;
-    open_with(serve_one_batch, 4000, 0);
+    open_with(serve_one_batch, FAKE_PATIENCE_MS, 0);
 
     struct skv_batch batch = {0};
     cr_expect_eq(skv_acquire(skv, 2, requests, 3, &batch), SKV_EINVAL);
@@ -154,7 +154,7 @@ static void serve_nothing(struct fake *f)
 Test(client, a_batch_without_leases_ends_without_a_command)
 {
     make_requests();
-    open_with(serve_nothing, 4000, 0);
+    open_with(serve_nothing, FAKE_PATIENCE_MS, 0);
     struct skv_batch batch;
     cr_assert_eq(skv_acquire(skv, 0, requests, 1, &batch), 0);
     cr_assert_eq(skv_release(skv, &batch), 0);
@@ -232,7 +232,7 @@ Test(client, every_lie_about_a_grant_ends_the_session)
     make_requests();
     for (size_t i = 0; i < sizeof spoiled / sizeof *spoiled; i++) {
         fake.argument = &spoiled[i];
-        open_with(serve_spoiled, 4000, 0);
+        open_with(serve_spoiled, FAKE_PATIENCE_MS, 0);
         struct skv_batch batch;
         int status = skv_acquire(skv, 0, requests, 1, &batch);
         cr_expect_eq(status, SKV_EPROTO, "%s = %llu: %s", spoiled[i].name,
@@ -287,7 +287,7 @@ static void serve_tails(struct fake *f)
 Test(client, a_tail_that_differs_is_echoed_and_acquired_again)
 {
     make_requests();
-    open_with(serve_tails, 4000, 0);
+    open_with(serve_tails, FAKE_PATIENCE_MS, 0);
     struct skv_batch batch;
     cr_assert_eq(skv_acquire(skv, 0, requests, 3, &batch), 0);
     cr_expect_eq(batch.grants[0].cached, 38);
@@ -322,7 +322,7 @@ static void serve_restless_tails(struct fake *f)
 Test(client, a_tail_that_never_rests_ends_without_a_hit)
 {
     make_requests();
-    open_with(serve_restless_tails, 4000, 0);
+    open_with(serve_restless_tails, FAKE_PATIENCE_MS, 0);
     struct skv_batch batch;
     cr_assert_eq(skv_acquire(skv, 0, &requests[2], 1, &batch), 0);
     cr_expect_eq(batch.grants[0].cached, 0);
@@ -351,7 +351,7 @@ static void serve_slowly(struct fake *f)
 
 Test(client, sleepers_on_both_sides_are_woken)
 {
-    open_with(serve_slowly, 4000, 0);
+    open_with(serve_slowly, FAKE_PATIENCE_MS, 0);
     uint64_t round_trip = 0;
     for (int i = 0; i < 3; i++) {
         cr_assert_eq(skv_ping(skv, &round_trip), 0);
@@ -364,7 +364,7 @@ Test(client, sleepers_on_both_sides_are_woken)
 
 Test(client, a_spinning_client_and_a_sleeping_daemon_meet)
 {
-    open_with(serve_slowly, 4000, 20);
+    open_with(serve_slowly, FAKE_PATIENCE_MS, 20);
     for (int i = 0; i < 2003; i++)
         cr_assert_eq(skv_ping(skv, NULL), 0);
     close_and_end();
@@ -404,7 +404,7 @@ static void serve_admin(struct fake *f)
 Test(client, answers_are_unpacked)
 {
     make_requests();
-    open_with(serve_admin, 4000, 0);
+    open_with(serve_admin, FAKE_PATIENCE_MS, 0);
     struct skv_user_info info, infos[10];
     struct skv_id model = {.hi = 9};
     cr_assert_eq(skv_lookup(skv, model, skv_user_integer(5), &info), 0);

@@ -22,14 +22,32 @@ static void teardown(void)
     fake_fini(&fake);
 }
 
-TestSuite(client_lost, .init = setup, .fini = teardown, .timeout = 60);
+TestSuite(client_lost, .init = setup, .fini = teardown, .timeout = 180);
 
-static void open_with(void (*script)(struct fake *), uint32_t timeout_ms)
+static void open_with(void (*script)(struct fake *))
 {
     struct skv_options options = fake_options(&fake);
-    options.timeout_ms = timeout_ms;
     fake_start(&fake, script);
     cr_assert_eq(skv_open(&options, &skv), 0);
+}
+
+/* One that is impatient: as much as can be on this machine, where a handshake must be in time too.
+ * Returns its timeout, which the script has as its argument. */
+static uint32_t open_impatient(void (*script)(struct fake *))
+{
+    static uint32_t timeout_ms;
+    struct skv_options options = fake_options(&fake);
+    fake.argument = &timeout_ms;
+    for (timeout_ms = 200;; timeout_ms *= 2) {
+        options.timeout_ms = timeout_ms;
+        fake_start(&fake, script);
+        int status = skv_open(&options, &skv);
+        if (status == 0)
+            return timeout_ms;
+        cr_assert_eq(status, SKV_ETIMEDOUT);
+        kill(fake.pid, SIGKILL);
+        fake_end(&fake);
+    }
 }
 
 static void close_and_end(void)
@@ -77,11 +95,9 @@ static void serve_silence(struct fake *f)
 
 Test(client_lost, a_call_without_an_answer_times_out_and_costs_the_session)
 {
-    open_with(serve_silence, 200);
-    uint64_t start = skv_now_ns();
+    uint64_t timeout_ms = open_impatient(serve_silence), start = skv_now_ns();
     cr_assert_eq(skv_ping(skv, NULL), SKV_ETIMEDOUT);
-    uint64_t waited_ms = (skv_now_ns() - start) / 1000000;
-    cr_expect(waited_ms >= 200 && waited_ms < 3000, "%llu ms", (unsigned long long)waited_ms);
+    cr_expect_geq(skv_now_ns() - start, timeout_ms * 1000000);
     cr_expect(skv_lost(skv));
     cr_expect_eq(skv_ping(skv, NULL), SKV_ELOST);
     close_and_end();
@@ -101,12 +117,12 @@ static void serve_gated_then_die(struct fake *f)
 
 static void *wait_at_gate(void *gate)
 {
-    return (void *)(intptr_t)skv_gate_wait(gate, 10000);
+    return (void *)(intptr_t)skv_gate_wait(gate, FAKE_PATIENCE_MS);
 }
 
 Test(client_lost, a_dead_daemon_opens_every_gate)
 {
-    open_with(serve_gated_then_die, 4000);
+    open_with(serve_gated_then_die);
     struct skv_request one = request(1), two = request(2);
     struct skv_batch gated, ungated;
     cr_assert_eq(skv_acquire(skv, 0, &one, 1, &gated), 0);
@@ -124,11 +140,11 @@ Test(client_lost, a_dead_daemon_opens_every_gate)
     cr_assert(await_lost());
     for (uint32_t row = 0; row < 2; row++) {
         const uint32_t *words = skv_gate_row(skv, row); /* row after row, by the watcher */
-        for (int i = 0; i < 1000 && (int32_t)__atomic_load_n(&words[2], __ATOMIC_ACQUIRE) == 0; i++)
+        for (int i = 0; i < FAKE_PATIENCE_MS && !__atomic_load_n(&words[2], __ATOMIC_ACQUIRE); i++)
             poll(NULL, 0, 1);
         cr_expect_eq((int32_t)words[2], SKV_ELOST);
-        cr_expect_eq(skv_gate_wait(skv_gate_row(skv, row), 1000), 0);
-        cr_expect_eq(skv_gate_wait(skv_gate_row(skv, row) + 1, 1000), 0);
+        cr_expect_eq(skv_gate_wait(skv_gate_row(skv, row), FAKE_PATIENCE_MS), 0);
+        cr_expect_eq(skv_gate_wait(skv_gate_row(skv, row) + 1, FAKE_PATIENCE_MS), 0);
     }
     cr_expect_eq(skv_batch_status(skv, &gated), SKV_ELOST);
     cr_expect_eq(skv_batch_status(skv, &ungated), 0, "it waited for nothing");
@@ -140,16 +156,14 @@ static void serve_flush_then_leave(struct fake *f)
 {
     fake_handshake(f);
     fake_take(f, WIRE_FLUSH);
-    poll(NULL, 0, 300); /* longer than the client's timeout: FLUSH has none */
+    poll(NULL, 0, 2 * *(const int *)f->argument); /* the client's timeout: FLUSH has none */
 }
 
 Test(client_lost, a_sleeping_caller_wakes_when_the_daemon_leaves)
 {
-    open_with(serve_flush_then_leave, 100);
-    uint64_t start = skv_now_ns();
+    uint64_t timeout_ms = open_impatient(serve_flush_then_leave), start = skv_now_ns();
     cr_assert_eq(skv_flush(skv), SKV_ELOST);
-    uint64_t waited_ms = (skv_now_ns() - start) / 1000000;
-    cr_expect(waited_ms >= 250 && waited_ms < 3000, "%llu ms", (unsigned long long)waited_ms);
+    cr_expect_gt(skv_now_ns() - start, timeout_ms * 1000000);
     close_and_end();
 }
 
@@ -171,10 +185,10 @@ static void babble(struct fake *f)
 
 Test(client_lost, a_goodbye_or_nonsense_ends_the_session)
 {
-    open_with(say_goodbye, 4000);
+    open_with(say_goodbye);
     cr_expect(await_lost());
     close_and_end();
-    open_with(babble, 4000);
+    open_with(babble);
     cr_expect(await_lost());
     close_and_end();
 }
@@ -193,11 +207,11 @@ static void serve_failed_load(struct fake *f)
 
 Test(client_lost, a_failed_load_is_seen_in_the_rows_status)
 {
-    open_with(serve_failed_load, 4000);
+    open_with(serve_failed_load);
     struct skv_request one = request(1);
     struct skv_batch batch;
     cr_assert_eq(skv_acquire(skv, 0, &one, 1, &batch), 0);
-    cr_assert_eq(skv_gate_wait(skv_gate_row(skv, 0) + 1, 5000), 0);
+    cr_assert_eq(skv_gate_wait(skv_gate_row(skv, 0) + 1, FAKE_PATIENCE_MS), 0);
     cr_expect_eq(skv_batch_status(skv, &batch), SKV_ELOAD);
     cr_expect_eq(skv_release(skv, &batch), 0);
     close_and_end();
@@ -231,7 +245,7 @@ static void serve_after_a_while(struct fake *f)
 Test(client_lost, a_reconnect_keeps_every_address)
 {
     fake.session = 4711;
-    open_with(serve_acquire_then_leave, 4000);
+    open_with(serve_acquire_then_leave);
     cr_expect_eq(fake.shared->drained, 0);
     struct skv_request one = request(1);
     struct skv_batch old, batch;
@@ -252,7 +266,7 @@ Test(client_lost, a_reconnect_keeps_every_address)
 
     fake.session = 4712;
     fake_start(&fake, serve_after_a_while);
-    cr_assert_eq(skv_reconnect(skv, 5000), 0);
+    cr_assert_eq(skv_reconnect(skv, FAKE_PATIENCE_MS), 0);
     cr_expect_eq(fake.shared->drained, 4711);
     cr_expect_eq(skv_pool_base(skv), base);
     cr_expect_eq(skv_gate_row(skv, 1), row);
@@ -277,7 +291,7 @@ static void serve_larger_pool(struct fake *f)
 
 Test(client_lost, a_larger_pool_is_mapped_anew)
 {
-    open_with(serve_acquire_then_leave, 4000);
+    open_with(serve_acquire_then_leave);
     struct skv_request one = request(1);
     struct skv_batch batch;
     cr_assert_eq(skv_acquire(skv, 0, &one, 1, &batch), 0);
@@ -285,7 +299,7 @@ Test(client_lost, a_larger_pool_is_mapped_anew)
     cr_assert(await_lost());
     cr_assert_eq(fake_end(&fake), 0);
     fake_start(&fake, serve_larger_pool);
-    cr_assert_eq(skv_reconnect(skv, 5000), 0);
+    cr_assert_eq(skv_reconnect(skv, FAKE_PATIENCE_MS), 0);
     cr_expect_eq(skv_pool_pages(skv), 16 * FAKE_POOL_BYTES / skv_page_bytes(&fake_geometry));
     memset(skv_pool_base(skv), 1, 16 * FAKE_POOL_BYTES);
     cr_expect_eq(skv_ping(skv, NULL), 0);
@@ -311,21 +325,20 @@ static void another_device(struct fake *f)
 
 Test(client_lost, a_reconnect_that_is_refused_returns_at_once_and_may_be_tried_again)
 {
-    open_with(say_goodbye, 4000);
+    open_with(say_goodbye);
     cr_assert(await_lost());
-    uint64_t start = skv_now_ns();
+    const uint32_t long_ms = 3600000; /* the suite's timeout is shorter */
     kill(fake.pid, SIGKILL);
     fake_end(&fake);
     fake_start(&fake, refuse_now);
-    cr_expect_eq(skv_reconnect(skv, 8000), SKV_EGEOMETRY);
+    cr_expect_eq(skv_reconnect(skv, long_ms), SKV_EGEOMETRY);
     cr_assert_eq(fake_end(&fake), 0);
     fake_start(&fake, another_device);
-    cr_expect_eq(skv_reconnect(skv, 8000), SKV_ENODEVICE);
+    cr_expect_eq(skv_reconnect(skv, long_ms), SKV_ENODEVICE);
     cr_assert_eq(fake_end(&fake), 0);
-    cr_expect_lt(skv_now_ns() - start, 6000000000u);
     cr_expect(skv_lost(skv));
     fake_start(&fake, serve_larger_pool);
-    cr_expect_eq(skv_reconnect(skv, 8000), 0);
+    cr_expect_eq(skv_reconnect(skv, long_ms), 0);
     cr_expect_eq(skv_ping(skv, NULL), 0);
     close_and_end();
 }
@@ -344,7 +357,7 @@ static void serve_two_pings(struct fake *f)
 
 Test(client_lost, a_forked_child_may_only_close)
 {
-    open_with(serve_two_pings, 4000);
+    open_with(serve_two_pings);
     cr_assert_eq(skv_ping(skv, NULL), 0);
     pid_t child = fork();
     if (child == 0) {

@@ -28,7 +28,7 @@ static void teardown(void)
     fake_fini(&fake);
 }
 
-TestSuite(views, .init = setup, .fini = teardown, .timeout = 60);
+TestSuite(views, .init = setup, .fini = teardown, .timeout = 180);
 
 static bool extent_writable(void *base, uint32_t extent)
 {
@@ -156,7 +156,7 @@ Test(views, a_reconnect_keeps_both_addresses_and_no_view)
     while (!skv_lost(skv))
         poll(NULL, 0, 1);
     cr_expect_eq(skv_commit(skv, &batch, NULL), SKV_ELOST);
-    cr_assert_eq(skv_reconnect(skv, 10000), 0);
+    cr_assert_eq(skv_reconnect(skv, FAKE_PATIENCE_MS), 0);
     cr_expect_eq(skv_pool_base(skv), base);
     cr_expect_eq(skv_pool_append_base(skv), append);
     cr_expect_eq(in_view(), 0);

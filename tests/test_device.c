@@ -10,7 +10,7 @@
 #include "clock.h"
 #include "device_help.h"
 
-#define ON_EVERY_BACKEND(claim) TEST_ON_EVERY_BACKEND(device, claim, .timeout = 60)
+#define ON_EVERY_BACKEND(claim) TEST_ON_EVERY_BACKEND(device, claim, .timeout = 180)
 
 static struct skv_device *open_device(const struct backend *backend)
 {
@@ -605,13 +605,17 @@ ON_EVERY_BACKEND(closing_a_stream_waits_for_what_is_queued)
     bench_close(&b);
 }
 
-Test(device, a_delayed_copy_is_invisible_until_it_is_reached)
+Test(device, a_copy_is_invisible_until_it_is_reached)
 {
+    char hold[] = "/tmp/sidekv-hold-XXXXXX"; /* no copy is reached while it is there */
+    int file = mkstemp(hold);
+    cr_assert_geq(file, 0);
+    close(file);
+    setenv("SIDEKV_TEST_COPY_HOLD", hold, 1);
     struct bench b = bench_open(&backends[0]);
     uint32_t *gate = (uint32_t *)(b.pinned + 2 * PAGE);
     uint64_t mark;
     fill(b.pinned, PAGE, 1);
-    skv_device_delay(b.device, 100000);
     struct skv_copy copy = {page_of(b.pool, 0), b.pinned, PAGE};
     cr_assert_eq(skv_stream_copy(b.stream, SKV_TO_DEVICE, &copy, 1), 0);
     cr_assert_eq(skv_stream_write32(b.stream, gate, 1), 0);
@@ -622,6 +626,7 @@ Test(device, a_delayed_copy_is_invisible_until_it_is_reached)
     cr_assert_eq(skv_stream_wait(b.stream, mark, 5), SKV_ETIMEDOUT);
     /* A source changed too early is seen: the copy reads when it is reached. */
     fill(b.pinned, PAGE, 2);
+    cr_assert_eq(unlink(hold), 0);
     cr_assert_eq(skv_stream_wait(b.stream, mark, LONG), 0);
     cr_assert(filled(page_of(b.pool, 0), PAGE, 2));
     cr_assert_eq(skv_gate_wait(gate, 0), 0);
@@ -653,8 +658,7 @@ Test(device, a_closed_gate_times_out)
     uint64_t start = skv_now_ns();
     cr_assert_eq(skv_gate_wait(&gate, 0), SKV_ETIMEDOUT);
     cr_assert_eq(skv_gate_wait(&gate, 30), SKV_ETIMEDOUT);
-    uint64_t waited_ms = (skv_now_ns() - start) / 1000000;
-    cr_assert(waited_ms >= 30 && waited_ms < 1000, "%u ms", (unsigned)waited_ms);
+    cr_assert_geq(skv_now_ns() - start, 30000000u);
 }
 
 Test(device, another_process_opens_a_gate_without_waking_anyone)

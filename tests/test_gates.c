@@ -1,7 +1,9 @@
-/* Gated batches over a real daemon whose copies are slow: the pass must wait for its own batch's
- * copies, whatever was released, reused or appended to meanwhile. Scores are compared bit for bit
- * with those of a pass without any cache. */
+/* Gated batches over a real daemon whose copies are slow, or held up: the pass must wait for its
+ * own batch's copies, whatever was released, reused or appended to meanwhile. Scores are compared
+ * bit for bit with those of a pass without any cache. */
 #include <criterion/criterion.h>
+#include <fcntl.h>
+#include <pthread.h>
 
 #include "device.h"
 #include "hstu.h"
@@ -20,13 +22,30 @@ static struct skv *skv;
 static struct hstu_runner *runner, *plain;
 static uint64_t tokens[4][HISTORY + FRESH + TARGETS];
 static struct skv_batch batch;
+static char hold[128]; /* while there is such a file, the daemon copies nothing and opens no gate */
+
+static void hold_copies(void)
+{
+    int fd = open(hold, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    cr_assert_geq(fd, 0);
+    close(fd);
+}
+
+static void *let_copies_go(void *unused)
+{
+    unlink(hold);
+    return unused;
+}
 
 static void set_up(void)
 {
     static const char *const options[] = {"--pool-bytes", "8M", "--tail-ms", "0", NULL};
-    setenv("SIDEKV_TEST_COPY_DELAY_US", "20000", 1); /* of each copy and each gate */
     rig_init(&rig);
+    snprintf(hold, sizeof hold, "%s/hold", rig.directory);
+    setenv("SIDEKV_TEST_COPY_DELAY_US", "20000", 1); /* of each copy and each gate */
+    setenv("SIDEKV_TEST_COPY_HOLD", hold, 1);
     rig_start(&rig, options);
+    unsetenv("SIDEKV_TEST_COPY_HOLD");
     cr_assert_eq(hstu_model_named("tiny", &model), 0);
     cr_assert_eq(hstu_weights_random(&model, 7, &weights), 0);
     cr_assert_eq(rig_connect(&rig,
@@ -56,6 +75,7 @@ static void set_up(void)
 
 static void tear_down(void)
 {
+    let_copies_go(NULL);
     hstu_runner_close(runner);
     hstu_runner_close(plain);
     skv_close(skv);
@@ -63,7 +83,7 @@ static void tear_down(void)
     rig_fini(&rig);
 }
 
-TestSuite(gates, .init = set_up, .fini = tear_down, .timeout = 60);
+TestSuite(gates, .init = set_up, .fini = tear_down, .timeout = 180);
 
 static void acquire(uint32_t user, uint32_t history)
 {
@@ -74,8 +94,7 @@ static void acquire(uint32_t user, uint32_t history)
     cr_assert_eq(skv_acquire(skv, 0, &request, 1, &batch), 0);
 }
 
-/* The pass of what was acquired; its last TARGETS tokens are the candidates. */
-static void pass(uint32_t user, uint32_t history, float *logits)
+static void launch(uint32_t user, uint32_t history)
 {
     const struct skv_grant *grant = &batch.grants[0];
     struct hstu_sequence sequence = {.history = history,
@@ -85,6 +104,24 @@ static void pass(uint32_t user, uint32_t history, float *logits)
                                      .pages = grant->pages,
                                      .tokens = tokens[user] + grant->cached};
     cr_assert_eq(hstu_runner_launch(runner, &sequence, 1, batch.gated), 0);
+}
+
+/* The pass of what was acquired; its last TARGETS tokens are the candidates. */
+static void pass(uint32_t user, uint32_t history, float *logits)
+{
+    launch(user, history);
+    cr_assert_eq(hstu_runner_wait(runner, logits, 20000), 0);
+    cr_assert_eq(skv_batch_status(skv, &batch), 0);
+}
+
+/* The same of a batch whose copies are held up: it waits until they are not. */
+static void pass_held(uint32_t user, uint32_t history, float *logits)
+{
+    cr_assert(batch.gated);
+    launch(user, history);
+    cr_assert_eq(hstu_runner_wait(runner, logits, 50), SKV_ETIMEDOUT, "no gate is open");
+    cr_assert_eq(*skv_gate_row(skv, 0), 0);
+    let_copies_go(NULL);
     cr_assert_eq(hstu_runner_wait(runner, logits, 20000), 0);
     cr_assert_eq(skv_batch_status(skv, &batch), 0);
 }
@@ -114,11 +151,10 @@ Test(gates, a_gated_pass_waits_for_slow_copies)
 {
     float logits[TARGETS];
     keep_in_store(1);
+    hold_copies();
     acquire(1, HISTORY + FRESH);
-    cr_assert(batch.gated);
     cr_assert_eq(batch.grants[0].cached, HISTORY);
-    cr_assert_eq(*skv_gate_row(skv, 0), 0, "the copies are slow: no gate is open yet");
-    pass(1, HISTORY + FRESH, logits);
+    pass_held(1, HISTORY + FRESH, logits);
     expect_right(1, HISTORY + FRESH, logits);
     cr_assert_eq(skv_commit(skv, &batch, NULL), 0);
 }
@@ -126,15 +162,18 @@ Test(gates, a_gated_pass_waits_for_slow_copies)
 Test(gates, a_row_used_again_after_a_release_waits_for_its_own_copies)
 {
     float logits[TARGETS];
+    pthread_t helper;
     keep_in_store(1);
     keep_in_store(2);
+    hold_copies();
     acquire(1, HISTORY + FRESH);
     cr_assert(batch.gated);
-    cr_assert_eq(skv_release(skv, &batch), 0, "without a launch");
+    cr_assert_eq(pthread_create(&helper, NULL, let_copies_go, NULL), 0);
+    cr_assert_eq(skv_release(skv, &batch), 0, "without a launch; it waits for the copies");
+    pthread_join(helper, NULL);
+    hold_copies(); /* the second batch's: the first one's open nothing of it */
     acquire(2, HISTORY + FRESH);
-    cr_assert(batch.gated);
-    cr_assert_eq(*skv_gate_row(skv, 0), 0, "the first batch's copies open nothing of the second's");
-    pass(2, HISTORY + FRESH, logits);
+    pass_held(2, HISTORY + FRESH, logits);
     expect_right(2, HISTORY + FRESH, logits);
     cr_assert_eq(skv_commit(skv, &batch, NULL), 0);
 }

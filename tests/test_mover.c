@@ -180,7 +180,7 @@ static void watch_layers(struct bench *b, uint32_t *row, uint32_t first_page, st
                          uint32_t tokens)
 {
     for (uint32_t layer = 0; layer < b->geometry.layers; layer++) {
-        cr_assert_eq(skv_gate_wait(&row[layer], 10000), 0);
+        cr_assert_eq(skv_gate_wait(&row[layer], 60000), 0);
         for (uint32_t index = 0; index * 32 < tokens; index++)
             cr_assert(same_layer(b, first_page + index, u, index, page_valid(tokens, index), layer),
                       "gate %u is open, page %u is not there", layer, index);
@@ -197,12 +197,13 @@ static void layer_order(struct setup setup)
         await_pinner(&b);
         touch(&b, u, 256, 20);
     }
-    skv_device_delay(b.device, 30000);
+    hold_copies(&b);
     struct skv_onboard *job = onboard_of(&b, u, 256, 20, row_at(&b, 0));
     skv_mover_onboard(b.mover, job);
     usleep(5000);
     for (uint32_t layer = 0; layer < 8; layer++)
         cr_assert_eq(row_at(&b, 0)[layer], 0);
+    let_copies_go(&b);
     watch_layers(&b, row_at(&b, 0), 20, u, 256);
     expect_event(&b, SKV_MOVER_ONBOARDED, job, 0);
     free_onboard(job);
@@ -270,9 +271,11 @@ Test(mover, jobs_take_turns_so_a_small_one_overtakes_a_large_one)
     struct skv_onboard *large = onboard_of(&b, u, 256, 20, row_at(&b, 0));
     repeat_pages(large, 20, 400);
     struct skv_onboard *small = onboard_of(&b, v, 32, 10, row_at(&b, 1));
-    skv_device_delay(b.device, 10000);
+    hold_copies(&b);
     skv_mover_onboard(b.mover, large);
+    usleep(50000); /* it comes as far as it will: most of it is not queued */
     skv_mover_onboard(b.mover, small);
+    let_copies_go(&b);
     expect_event(&b, SKV_MOVER_ONBOARDED, small, 0);
     cr_assert(same_user(&b, 10, v, 32));
     expect_event(&b, SKV_MOVER_ONBOARDED, large, 0);
@@ -379,7 +382,7 @@ Test(mover, a_job_that_waits_for_another_can_be_cancelled)
 static void *await_gate_then_status(void *argument)
 {
     uint32_t *row = argument;
-    cr_assert_eq(skv_gate_wait(&row[7], 20000), 0);
+    cr_assert_eq(skv_gate_wait(&row[7], 60000), 0);
     return (void *)(uintptr_t)__atomic_load_n(&row[8], __ATOMIC_ACQUIRE);
 }
 
@@ -482,7 +485,7 @@ Test(mover, a_lookup_is_answered_while_a_large_onboard_runs)
     open_bench(&b, BIG);
     for (uint32_t tokens = 256; tokens <= 64 * 32; tokens += 256)
         offload_user(&b, u, tokens / 32 - 8, tokens, 0, 0);
-    skv_device_delay(b.device, 2000); /* 64 pages by 16 slots: four delays and more */
+    hold_copies(&b); /* 64 pages by 16 slots: it is not done without copies */
     struct skv_onboard *job = onboard_of(&b, u, 64 * 32, 20, row_at(&b, 0));
     struct skv_lookup_job lookup = {.record = {.model = MODEL, .user = u.id}};
     lookup.hashes = calloc(SKV_MAX_USER_PAGES, sizeof *lookup.hashes);
@@ -491,6 +494,7 @@ Test(mover, a_lookup_is_answered_while_a_large_onboard_runs)
     expect_event(&b, SKV_MOVER_FOUND, &lookup, 0);
     cr_assert_eq(lookup.record.tokens, 64 * 32);
     cr_assert_eq(lookup.count, 64);
+    let_copies_go(&b);
     expect_event(&b, SKV_MOVER_ONBOARDED, job, 0);
     free(lookup.hashes);
     free_onboard(job);
@@ -547,13 +551,14 @@ Test(mover, many_prefetches_leave_a_gated_job_its_snapshot)
     struct bench b;
     struct user u = user_of(33);
     open_bench(&b, SMALL);
-    offload_user(&b, u, 0, 32, 0, 0);   /* a page: room for copies is not what they compete for */
-    skv_device_delay(b.device, 150000); /* the order of copies, not of threads, decides */
+    offload_user(&b, u, 0, 32, 0, 0); /* a page: room for copies is not what they compete for */
+    hold_copies(&b);                  /* none is done before all are handed in */
     struct skv_onboard *jobs[24];
     for (uint32_t i = 0; i < 24; i++) {
         jobs[i] = onboard_of(&b, u, 32, 20 + i * 10, i == 23 ? row_at(&b, 0) : NULL);
         skv_mover_onboard(b.mover, jobs[i]);
     }
+    let_copies_go(&b);
     uint32_t before = 0;
     for (uint32_t i = 0; i < 24; i++) {
         struct skv_mover_event event = next_event(&b);

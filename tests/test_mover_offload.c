@@ -42,9 +42,10 @@ Test(mover_offload, staging_bounds_what_may_be_offloaded_at_once)
     struct skv_offload *small = offload_of(&b, user_of(22), 0, 3 * 32, 0);
     struct skv_offload *more = offload_of(&b, user_of(23), 0, 2 * 32, 0);
     cr_assert_not(skv_mover_offload(b.mover, large));
-    skv_device_delay(b.device, 20000);
+    hold_copies(&b);
     cr_assert(skv_mover_offload(b.mover, small));
     cr_assert_not(skv_mover_offload(b.mover, more));
+    let_copies_go(&b);
     expect_event(&b, SKV_MOVER_COPIED, small, 0);
     expect_event(&b, SKV_MOVER_STORED, small, 0);
     cr_assert(skv_mover_offload(b.mover, more));
@@ -224,26 +225,36 @@ Test(mover_offload, a_long_offload_leaves_a_prefix_at_every_commit)
         before = record.tokens;
     } while (before < job->record.tokens);
     skv_reader_close(reader);
-    cr_assert(try_event(&b, &event, 10000) && event.kind == SKV_MOVER_STORED && event.status == 0);
+    cr_assert(try_event(&b, &event, 60000) && event.kind == SKV_MOVER_STORED && event.status == 0);
     cr_assert_gt(commits_of(b.store), commits + 1, "61 MiB are more than one transaction");
     free_offload(job);
     close_bench(&b);
 }
 
+#define PATIENCE_NS 90000000u /* the mover's, and a little less */
+
 Test(mover_offload, an_offload_waits_for_a_gated_onboard_but_not_for_ever)
 {
     struct bench b;
     struct user u = user_of(26);
+    uint64_t start_ns;
     open_bench(&b, SMALL);
     offload_user(&b, u, 0, 96, 0, 0);
-    skv_device_delay(b.device, 20000); /* less than the mover's patience */
+    skv_device_delay(b.device, 20000);
     struct skv_onboard *onboard = onboard_of(&b, u, 96, 20, row_at(&b, 0));
     struct skv_offload *offload = offload_of(&b, user_of(27), 0, 64, 0);
     skv_mover_onboard(b.mover, onboard);
+    start_ns = skv_now_ns();
     cr_assert(skv_mover_offload(b.mover, offload));
-    expect_event(&b, SKV_MOVER_ONBOARDED, onboard, 0);
-    expect_event(&b, SKV_MOVER_COPIED, offload, 0);
-    expect_event(&b, SKV_MOVER_STORED, offload, 0);
+    bool loaded = false;
+    for (int i = 0; i < 3; i++) {
+        struct skv_mover_event event = next_event(&b);
+        cr_assert_eq(event.status, 0);
+        loaded |= event.kind == SKV_MOVER_ONBOARDED;
+        /* Before it only on a machine so busy that the onboard took longer than the patience. */
+        cr_assert(loaded || skv_now_ns() - start_ns >= PATIENCE_NS);
+    }
+    cr_assert(loaded);
     free_onboard(onboard);
     free_offload(offload);
     /* One that stays. */
@@ -252,10 +263,10 @@ Test(mover_offload, an_offload_waits_for_a_gated_onboard_but_not_for_ever)
     offload = offload_of(&b, user_of(29), 0, 64, 0);
     skv_mover_onboard(b.mover, onboard);
     expect_event(&b, SKV_MOVER_FAILED, onboard, SKV_ENOENT);
+    start_ns = skv_now_ns();
     cr_assert(skv_mover_offload(b.mover, offload));
-    uint64_t start_ns = skv_now_ns();
     expect_event(&b, SKV_MOVER_COPIED, offload, 0);
-    cr_assert_geq(skv_now_ns() - start_ns, 90000000);
+    cr_assert_geq(skv_now_ns() - start_ns, PATIENCE_NS);
     expect_event(&b, SKV_MOVER_STORED, offload, 0);
     skv_mover_cancel(b.mover, onboard->id, SKV_ELOAD);
     expect_event(&b, SKV_MOVER_CANCELLED, onboard, SKV_ELOAD);

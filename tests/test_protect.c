@@ -29,7 +29,7 @@ static void tear_down(void)
     rig_fini(&rig);
 }
 
-TestSuite(protect, .init = set_up, .fini = tear_down, .timeout = 120);
+TestSuite(protect, .init = set_up, .fini = tear_down, .timeout = 180);
 
 static struct skv *connect_worker(void)
 {
@@ -69,7 +69,7 @@ static uint64_t owned(void)
 
 static bool becomes_owned(uint64_t count)
 {
-    for (int i = 0; i < 10000 && owned() != count; i++)
+    for (int i = 0; i < 60000 && owned() != count; i++)
         poll(NULL, 0, 1);
     return owned() == count;
 }
@@ -196,7 +196,7 @@ static bool page_writable(const struct skv *skv, uint64_t page)
 }
 
 #define ON_EVERY_BACKEND(claim)                                                                    \
-    TEST_ON_EVERY_BACKEND(protection, claim, .fini = tear_down, .timeout = 120)
+    TEST_ON_EVERY_BACKEND(protection, claim, .fini = tear_down, .timeout = 180)
 
 ON_EVERY_BACKEND(is_the_default_where_the_pool_has_extents_enough)
 {
@@ -244,7 +244,7 @@ ON_EVERY_BACKEND(ends_with_trust)
 }
 
 /* The host has no IPC handles. */
-Test(protection, is_not_had_with_ipc_and_the_log_says_so, .fini = tear_down, .timeout = 120)
+Test(protection, is_not_had_with_ipc_and_the_log_says_so, .fini = tear_down, .timeout = 180)
 {
     static const char *const options[] = {"--export", "ipc", "--pool-bytes", "64M", NULL};
     cr_expect_not(protects(&backends[1], options));

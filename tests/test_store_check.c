@@ -21,7 +21,7 @@ static void tear_down(void)
     drop_golden(&golden);
 }
 
-TestSuite(store_check, .init = set_up, .fini = tear_down, .timeout = 60);
+TestSuite(store_check, .init = set_up, .fini = tear_down, .timeout = 180);
 
 /* The first leaf with at least `least` keys of `key_bytes`; users have 32, their pages 36. */
 static uint8_t *find_leaf(uint64_t key_bytes, uint64_t least)
