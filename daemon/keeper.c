@@ -315,8 +315,7 @@ static int watch(struct child *daemon)
 {
     int status;
     for (;;) {
-        pid_t got = waitpid(daemon->pid, &status, WNOHANG);
-        if (got == daemon->pid || (got < 0 && errno == ECHILD))
+        if (waitpid(daemon->pid, &status, WNOHANG) == daemon->pid)
             break;
         int timeout_ms = look_after_next(daemon);
         struct pollfd fds[4] = {
@@ -358,6 +357,12 @@ static bool is_over(int status, bool served, int *code)
     return WIFEXITED(status) && *code != KEEPER_RESTART && !served;
 }
 
+static uint32_t longer(uint32_t pause_ms)
+{
+    uint32_t ms = pause_ms ? pause_ms * 2 : PAUSE_MS;
+    return ms < PAUSE_MAX_MS ? ms : PAUSE_MAX_MS;
+}
+
 /* Waits before the next one, unless it is told to stop. */
 static void rest(uint32_t ms)
 {
@@ -367,15 +372,25 @@ static void rest(uint32_t ms)
             take_signals(0);
 }
 
+/* Where none can be started now, for want of memory say, what is held is worth waiting with.
+ * `served`: a daemon has before. false: the keeper ends. */
+static bool start_next(struct child *daemon, bool anew, bool served)
+{
+    for (uint32_t ms = PAUSE_MS; !succeed(daemon, anew); ms = longer(ms)) {
+        if (stopping || !(served || held.whole))
+            return false;
+        rest(ms);
+    }
+    return true;
+}
+
 static int keep(void)
 {
     uint32_t short_lives = 0, pause_ms = 0;
     bool served = false, planned = false;
     struct child daemon;
-    int code;
-    for (;;) {
-        if (!succeed(&daemon, planned))
-            return 1;
+    int code = 1;
+    while (start_next(&daemon, planned, served)) {
         int status = watch(&daemon);
         skv_held_daemon(&held, 0);
         skv_failpoint(FAIL_keeper_reaped);
@@ -389,9 +404,7 @@ static int keep(void)
             continue;
         }
         short_lives = lived_long(&daemon) ? 0 : short_lives + 1;
-        pause_ms = short_lives < 2 || hurry ? 0 : pause_ms ? pause_ms * 2 : PAUSE_MS;
-        if (pause_ms > PAUSE_MAX_MS)
-            pause_ms = PAUSE_MAX_MS;
+        pause_ms = short_lives < 2 || hurry ? 0 : longer(pause_ms);
         char text[64];
         skv_error("sidekvd (pid %d) ended with %s: starting it anew%s; %u extents and %u workers "
                   "are kept",
@@ -423,6 +436,8 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGINT);
     sigaddset(&signals, SIGCHLD);
     sigprocmask(SIG_BLOCK, &signals, NULL);
+    signal(SIGCHLD, SIG_DFL); /* whoever started us may have it ignored: nobody would be reaped */
+    signal(SIGHUP, SIG_IGN);  /* a terminal that closes does not end the cache */
     signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
     if (signal_fd < 0) {
         skv_error("signalfd: %s", strerror(errno));

@@ -414,6 +414,7 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGINT);
     sigprocmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGCHLD, SIG_DFL); /* ignored by whoever started us, the store's check would be lost */
     skv_sigbus_init();
     daemon.signals = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
     if (daemon.signals < 0) /* it could not be stopped in order */

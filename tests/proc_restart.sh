@@ -4,9 +4,18 @@
 . "$(dirname "$0")/process.sh"
 export SIDEKV_TEST_NO_PAUSE=1
 says() { grep -q -- "$1" "$work/out" "$work/err" "$work/log"; }
+users() { "$sidekv" --socket "$work/s" stats | sed -n 's/^users_resident *\([0-9]*\).*/\1/p'; }
+said() {
+    for _ in $(seq 600); do
+        says "$1" && return
+        sleep 0.05
+    done
+    return 1
+}
 daemon_pid() { "$sidekv" --socket "$work/s" ping -c 1 2>/dev/null | sed -n 's/.*process \([0-9]*\).*/\1/p'; }
 
-ok "the keeper starts a daemon" start sidekv-keeper
+# As some supervisors start it.
+via="env --ignore-signal=CHLD" ok "the keeper starts a daemon" start sidekv-keeper
 first=$(daemon_pid)
 cli restart
 ok "a planned restart" [ "$status" = 0 ]
@@ -28,11 +37,17 @@ ok "a replay runs through kills and restarts" [ "$status" = 0 ]
 ok "no score was wrong" grep -q '"scores_wrong":0' "$work/out.replay"
 ok "no row was wrong" grep -q '"rows_wrong":0' "$work/out.replay"
 ok "nothing had to come from the store" grep -q '"hit_store_tokens":0' "$work/out.replay"
-users=$("$sidekv" --socket "$work/s" stats | sed -n 's/^users_resident *\([0-9]*\).*/\1/p')
+users=$(users)
+kill -HUP "$daemon"
 kill -9 "$(daemon_pid)"
 ok "after one more kill it is back" ready
-after=$("$sidekv" --socket "$work/s" stats | sed -n 's/^users_resident *\([0-9]*\).*/\1/p')
-ok "with all users in the pool" [ -n "$users" -a "${after:-0}" = "${users:-1}" ]
+ok "with all users in the pool" [ -n "$users" -a "$(users)" = "$users" ]
+prlimit --pid "$daemon" --nofile=5:
+kill -9 "$(daemon_pid)"
+ok "a daemon that cannot be started" said "socketpair: Too many open files"
+prlimit --pid "$daemon" --nofile=1024:
+ok "is started when it can be" ready
+ok "and everybody is in the pool" [ "$(users)" = "$users" ]
 
 stop TERM
 ok "SIGTERM ends both" [ "$status" = 0 ]

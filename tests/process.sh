@@ -44,9 +44,9 @@ ready() {
     done
     return 1
 }
-# start PROGRAM [OPTION...]: sidekvd or sidekv-keeper, with a store; it is $daemon
+# start PROGRAM [OPTION...]: sidekvd or sidekv-keeper, with a store, by command $via if there is one; it is $daemon
 start() {
-    "$bin/$1" --socket "$work/s" --store "$work/kept" --store-bytes 256M --pool-bytes 64M --device host "${@:2}" >"$work/log" 2>&1 &
+    ${via:-} "$bin/$1" --socket "$work/s" --store "$work/kept" --store-bytes 256M --pool-bytes 64M --device host "${@:2}" >"$work/log" 2>&1 &
     daemon=$!
     ready
 }
