@@ -62,12 +62,14 @@ void skv_notify_stored(void (*take)(void *context, const char *name, int fd), vo
     const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
     const char *names = getenv("LISTEN_FDNAMES");
     if (pid && count && atol(pid) == (long)getpid())
-        for (int fd = FIRST_FD; fd < FIRST_FD + atoi(count); fd++) {
+        for (long i = 0; i < atol(count); i++) {
+            int fd = FIRST_FD + (int)i;
             char name[128] = "";
             size_t length = names ? strcspn(names, ":") : 0;
             if (length < sizeof name)
                 memcpy(name, names ? names : "", length);
-            fcntl(fd, F_SETFD, FD_CLOEXEC);
+            if (fcntl(fd, F_SETFD, FD_CLOEXEC))
+                break; /* there are no more, whatever their number says */
             take(context, name, fd);
             names = names && names[length] ? names + length + 1 : NULL;
         }

@@ -49,6 +49,8 @@
 #define AGAIN_MAX_MS 600000u
 #define WAITED_NS    UINT64_C(60000000000) /* after so long its death is a first one again */
 #define OPEN_NS      UINT64_C(10000000000) /* one whose device is not open by then hangs, maybe */
+#define LAST_TURNS                                                                                 \
+    64u /* more than a socket holds of messages; a child of its own may hold the end */
 
 static struct held held;
 
@@ -191,7 +193,7 @@ static void want_next(uint32_t in_ms)
     next.wanted_ns = skv_now_ns() + in_ms * UINT64_C(1000000);
 }
 
-/* All that has come of the one that serves. */
+/* What has come of the one that serves. */
 static void listen_to(struct child *daemon)
 {
     bool standby = false;
@@ -339,7 +341,7 @@ static int watch(struct child *daemon)
         if (fds[3].revents)
             listen_to_next(daemon);
     }
-    if (daemon->listening)
+    for (uint32_t turn = 0; daemon->listening && turn < LAST_TURNS; turn++)
         listen_to(daemon); /* what it said last */
     close(daemon->socket);
     daemon->listening = false;

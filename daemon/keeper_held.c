@@ -15,6 +15,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -30,11 +31,11 @@
 
 /* What a copy is called. systemd passes all names in one variable, which the kernel bounds to
  * 128 KiB: 8,192 extents and 1,024 workers take at most 108 KiB. */
-#define POOL_NAME     "pool-%u"    /* of an extent: its index */
-#define TABLE_NAME    "table-%llu" /* the size of an extent */
-#define SESSIONS_NAME "sessions"
-#define WORKER_NAME   "worker-%llu"
-#define DAEMON_NAME   "sidekvd"
+#define POOL     "pool-"  /* and the index of an extent */
+#define TABLE    "table-" /* and the size of an extent */
+#define SESSIONS "sessions"
+#define WORKER   "worker-" /* and its session */
+#define DAEMON   "sidekvd"
 
 /* Has the manager store a copy of `fd` under a name; -1: drop those of that name. */
 __attribute__((format(printf, 3, 4))) static void copy(const struct held *held, int fd,
@@ -54,7 +55,7 @@ void skv_held_daemon(const struct held *held, pid_t pid)
 {
     int pidfd = held->manager >= 0 && pid ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
     if (pidfd >= 0 || !pid)
-        copy(held, pidfd, DAEMON_NAME);
+        copy(held, pidfd, DAEMON);
     if (pidfd >= 0)
         close(pidfd);
 }
@@ -65,7 +66,7 @@ static void drop_sessions(struct held *held)
 {
     if (held->sessions < 0)
         return;
-    copy(held, -1, SESSIONS_NAME);
+    copy(held, -1, SESSIONS);
     close(held->sessions);
     held->sessions = -1;
 }
@@ -74,7 +75,7 @@ static void drop_table(struct held *held)
 {
     if (held->table < 0)
         return;
-    copy(held, -1, TABLE_NAME, (unsigned long long)held->extent_bytes);
+    copy(held, -1, TABLE "%llu", (unsigned long long)held->extent_bytes);
     close(held->table);
     held->table = -1;
 }
@@ -87,11 +88,11 @@ static void drop_all(struct held *held)
     drop_table(held);
     while (held->extents) {
         close(held->pool[--held->extents]);
-        copy(held, -1, POOL_NAME, held->extents);
+        copy(held, -1, POOL "%u", held->extents);
     }
     while (held->worker_count) {
         close(held->workers[--held->worker_count].pidfd);
-        copy(held, -1, WORKER_NAME, (unsigned long long)held->workers[held->worker_count].id);
+        copy(held, -1, WORKER "%llu", (unsigned long long)held->workers[held->worker_count].id);
     }
 }
 
@@ -104,13 +105,15 @@ void skv_held_drop_life(struct held *held)
 
 static void drop_worker(struct held *held, uint64_t id)
 {
-    for (uint32_t i = 0; i < held->worker_count; i++)
-        if (held->workers[i].id == id) {
-            copy(held, -1, WORKER_NAME, (unsigned long long)id);
-            close(held->workers[i].pidfd);
-            held->workers[i] = held->workers[--held->worker_count];
-            return;
+    for (uint32_t i = 0; i < held->worker_count;) {
+        if (held->workers[i].id != id) {
+            i++;
+            continue;
         }
+        copy(held, -1, WORKER "%llu", (unsigned long long)id);
+        close(held->workers[i].pidfd);
+        held->workers[i] = held->workers[--held->worker_count];
+    }
 }
 
 /* ---- what an earlier keeper left ---- */
@@ -118,36 +121,54 @@ static void drop_worker(struct held *held, uint64_t id)
 struct leftovers {
     struct held *held;
     int daemon; /* pidfd of the earlier keeper's daemon; -1: there is none */
+    bool twice; /* something was there twice: which one counts nobody knows */
 };
+
+/* Is it our name for something with a number? */
+static bool numbered(const char *name, const char *prefix, uint64_t *number)
+{
+    size_t length = strlen(prefix);
+    char again[64];
+    if (strncmp(name, prefix, length) != 0)
+        return false;
+    *number = strtoull(name + length, NULL, 10);
+    snprintf(again, sizeof again, "%s%llu", prefix, (unsigned long long)*number);
+    return strcmp(name, again) == 0;
+}
 
 static void take_back(void *context, const char *name, int fd)
 {
     struct leftovers *left = context;
     struct held *held = left->held;
-    unsigned index;
-    unsigned long long number;
+    uint64_t number;
     int *at = NULL;
-    if (sscanf(name, POOL_NAME, &index) == 1 && index < KEEPER_FDS) {
-        while (held->extents <= index)
+    if (numbered(name, POOL, &number) && number < KEEPER_FDS) {
+        while (held->extents <= number)
             held->pool[held->extents++] = -1;
-        at = &held->pool[index];
-    } else if (sscanf(name, WORKER_NAME, &number) == 1 && held->worker_count < KEEPER_SESSIONS) {
+        at = &held->pool[number];
+    } else if (numbered(name, WORKER, &number) && held->worker_count < KEEPER_SESSIONS) {
         held->workers[held->worker_count].id = number;
         at = &held->workers[held->worker_count].pidfd;
         *at = -1;
         held->worker_count++;
-    } else if (sscanf(name, TABLE_NAME, &number) == 1) {
-        held->extent_bytes = number;
+    } else if (numbered(name, TABLE, &number)) {
         at = &held->table;
-    } else if (strcmp(name, SESSIONS_NAME) == 0) {
+        if (*at < 0)
+            held->extent_bytes = number;
+    } else if (strcmp(name, SESSIONS) == 0) {
         at = &held->sessions;
-    } else if (strcmp(name, DAEMON_NAME) == 0) {
+    } else if (strcmp(name, DAEMON) == 0) {
         at = &left->daemon;
     }
-    if (at && *at < 0)
+    if (at && *at < 0) {
         *at = fd;
-    else
-        close(fd); /* not ours, or twice */
+        return;
+    }
+    if (at) {
+        left->twice = true;
+        copy(held, -1, "%s", name);
+    }
+    close(fd); /* not ours, or twice */
 }
 
 /* What an earlier keeper's daemon may still do to the pool ends here. */
@@ -158,7 +179,7 @@ static bool end_daemon(const struct held *held, int pidfd)
     bool ended = poll(&gone, 1, KEEPER_GIVE_S * 1000) == 1;
     if (!ended)
         skv_error("the earlier keeper's sidekvd does not die: its pool is not used again");
-    copy(held, -1, DAEMON_NAME);
+    copy(held, -1, DAEMON);
     close(pidfd);
     return ended;
 }
@@ -172,7 +193,7 @@ void skv_held_open(struct held *held)
     struct leftovers left = {.held = held, .daemon = -1};
     skv_notify_stored(take_back, &left);
     bool ended = left.daemon < 0 || end_daemon(held, left.daemon);
-    held->whole = ended && held->extents && held->table >= 0 && held->sessions >= 0;
+    held->whole = ended && !left.twice && held->extents && held->table >= 0 && held->sessions >= 0;
     for (uint32_t i = 0; i < held->extents; i++)
         held->whole = held->whole && held->pool[i] >= 0;
     if (held->whole)
@@ -184,85 +205,99 @@ void skv_held_open(struct held *held)
 
 /* ---- what the daemon says ---- */
 
-/* Takes a message's fds into what is held; those it has no use for are closed. */
-static void hold(struct held *held, const struct keeper_message *m, int *fds, uint32_t count)
+/* Takes a message's fds into what is held, or closes those of a kind that it does not know. false:
+ * it makes no sense, and they are the caller's. */
+static bool hold(struct held *held, const struct keeper_message *m, const int *fds, uint32_t count)
 {
-    uint32_t taken = 0;
     switch (m->kind) {
     case KEEPER_FRESH:
+        if (count)
+            return false;
         drop_all(held);
-        break;
+        return true;
     case KEEPER_POOL:
+        if (!count || held->extents + count > KEEPER_FDS || held->table >= 0 ||
+            (held->extents && held->extent_bytes != m->extent_bytes))
+            return false;
         held->extent_bytes = m->extent_bytes;
-        while (taken < count && held->extents < KEEPER_FDS) {
-            copy(held, fds[taken], POOL_NAME, held->extents);
-            held->pool[held->extents++] = fds[taken++];
+        for (uint32_t i = 0; i < count; i++) {
+            copy(held, fds[i], POOL "%u", held->extents);
+            held->pool[held->extents++] = fds[i];
         }
         skv_failpoint(FAIL_keeper_part);
-        break;
+        return true;
     case KEEPER_TABLE:
-        if (count) {
-            drop_table(held);
-            held->table = fds[taken++];
-            copy(held, held->table, TABLE_NAME, (unsigned long long)held->extent_bytes);
-        }
-        break;
+        if (count != 1 || held->table >= 0)
+            return false;
+        held->table = fds[0];
+        copy(held, held->table, TABLE "%llu", (unsigned long long)held->extent_bytes);
+        return true;
     case KEEPER_SESSION_TABLE:
-        if (count) {
-            drop_sessions(held);
-            held->sessions = fds[taken++];
-            copy(held, held->sessions, SESSIONS_NAME);
-        }
-        break;
+        if (count != 1 || held->sessions >= 0)
+            return false;
+        held->sessions = fds[0];
+        copy(held, held->sessions, SESSIONS);
+        return true;
     case KEEPER_WHOLE:
+        if (count)
+            return false;
         skv_failpoint(FAIL_keeper_unwhole);
         held->whole = held->extents && held->table >= 0 && held->sessions >= 0;
-        break;
+        return true;
     case KEEPER_WORKER:
-        if (count && held->worker_count < KEEPER_SESSIONS) {
-            held->workers[held->worker_count].id = m->id;
-            copy(held, fds[taken], WORKER_NAME, (unsigned long long)m->id);
-            held->workers[held->worker_count++].pidfd = fds[taken++];
-        }
-        skv_failpoint(FAIL_keeper_pidfd);
-        break;
-    case KEEPER_GONE:
+        if (count != 1)
+            return false;
         drop_worker(held, m->id);
-        break;
-    case KEEPER_LIFE:
-        skv_held_drop_life(held);
+        if (held->worker_count == KEEPER_SESSIONS) {
+            close(fds[0]); /* the next daemon will ask for it by its pid */
+            return true;
+        }
+        held->workers[held->worker_count].id = m->id;
+        copy(held, fds[0], WORKER "%llu", (unsigned long long)m->id);
+        held->workers[held->worker_count++].pidfd = fds[0];
+        skv_failpoint(FAIL_keeper_pidfd);
+        return true;
+    case KEEPER_GONE:
         if (count)
-            held->life = fds[taken++];
-        break;
+            return false;
+        drop_worker(held, m->id);
+        return true;
+    case KEEPER_LIFE:
+        if (count != 1)
+            return false;
+        skv_held_drop_life(held);
+        held->life = fds[0];
+        return true;
     }
-    while (taken < count)
-        close(fds[taken++]);
+    while (count)
+        close(fds[--count]);
+    return true;
 }
 
 bool skv_held_listen(struct held *held, int socket, bool *standby)
 {
-    for (;;) {
+    for (uint32_t heard = 0; heard < HELD_TURN; heard++) {
         struct keeper_message m;
         int fds[SKV_FDS_PER_MESSAGE];
         uint32_t count;
         ssize_t got = skv_receive_fds(socket, &m, sizeof m, fds, &count, MSG_DONTWAIT);
         if (got < 0 && errno == EAGAIN)
             return true;
-        if (got == sizeof m && m.magic == KEEPER_MAGIC) {
+        if (got < 0 && errno == ECONNRESET)
+            continue; /* it left something unread: said once, before what it said last */
+        if (got == 0 || (got < 0 && errno != EPROTO))
+            return false;
+        if (got == sizeof m && m.magic == KEEPER_MAGIC && hold(held, &m, fds, count)) {
             *standby = *standby || m.kind == KEEPER_STANDBY;
-            hold(held, &m, fds, count);
             continue;
         }
         while (count)
             close(fds[--count]);
-        if (got <= 0 && errno != EPROTO)
-            return false;
         skv_error("a message that is not sidekvd's, or that lost its fds: nothing is kept from now "
                   "on");
         drop_all(held); /* until a daemon starts afresh */
-        if (got == 0)
-            return false;
     }
+    return true;
 }
 
 /* ---- giving it on ---- */
@@ -293,5 +328,10 @@ int skv_held_give(struct held *held, int socket)
         failed = say(held, socket, KEEPER_WORKER, held->workers[i].id, &held->workers[i].pidfd, 1);
     if (!failed)
         failed = say(held, socket, KEEPER_END, held->manager >= 0 ? KEEPER_SUCCEEDED : 0, NULL, 0);
-    return failed ? -1 : 0;
+    if (!failed)
+        return 0;
+    int error = errno;
+    shutdown(socket, SHUT_WR); /* whoever has a part shall not wait for the rest */
+    errno = error;
+    return -1;
 }

@@ -10,7 +10,8 @@
 
 #include "keeper.h"
 
-#define KEEPER_GIVE_S 10 /* whoever does not take its fds, or does not die, is given up */
+#define KEEPER_GIVE_S 10  /* whoever does not take its fds, or does not die, is given up */
+#define HELD_TURN     64u /* messages that are heard before anything else is looked at */
 
 struct held {
     int pool[KEEPER_FDS];
@@ -30,11 +31,12 @@ struct held {
 /* Once, at the start: finds the manager and takes back the copies that an earlier keeper left,
  * after it has ended what is left of that one's daemon. */
 void skv_held_open(struct held *held);
-/* Takes all that the daemon at `socket` has said; *standby becomes true where it wants the next one
- * started. false: its end is closed. */
+/* Takes what the daemon at `socket` has said, HELD_TURN messages at most; *standby becomes true
+ * where it wants the next one started. false: its end is closed, and all has been heard. */
 bool skv_held_listen(struct held *held, int socket, bool *standby);
 /* Gives a new daemon what is held, or nothing where that is not whole; it keeps being held. The
- * daemon before it is gone. 0, or -1 with errno. */
+ * daemon before it is gone. 0; -1 with errno: it did not take all of it in time, and hears the end.
+ */
 int skv_held_give(struct held *held, int socket);
 /* The manager holds the pidfd of the daemon that runs, for the next keeper to end it; 0: of none.
  */

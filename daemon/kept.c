@@ -136,6 +136,7 @@ static void refuse_left(struct kept *kept, const char *why)
 static bool take(struct kept *kept, const struct keeper_message *m, const int *fds, uint32_t count)
 {
     struct skv_pool_handles *h = &kept->handles;
+    int *table;
     switch (m->kind) {
     case KEEPER_POOL:
         if (m->id != h->extents || h->extents + count > KEEPER_FDS)
@@ -146,9 +147,10 @@ static bool take(struct kept *kept, const struct keeper_message *m, const int *f
         return true;
     case KEEPER_TABLE:
     case KEEPER_SESSION_TABLE:
-        if (count != 1)
+        table = m->kind == KEEPER_TABLE ? &kept->table_fd : &kept->sessions_fd;
+        if (count != 1 || *table >= 0)
             return false;
-        *(m->kind == KEEPER_TABLE ? &kept->table_fd : &kept->sessions_fd) = fds[0];
+        *table = fds[0];
         return true;
     case KEEPER_WORKER:
         if (count != 1 || kept->worker_count == KEEPER_SESSIONS)
@@ -293,6 +295,8 @@ int skv_kept_take(struct daemon *daemon)
         status = receive(kept);
     if (status)
         return status;
+    if (!kept->handles.extents)
+        drop_left(kept); /* what comes without a pool belongs to none */
     const char *why = kept->handles.extents ? check_left(daemon) : NULL;
     if (!why)
         return SKV_OK;

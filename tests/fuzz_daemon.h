@@ -5,7 +5,6 @@
 #ifndef SKV_FUZZ_DAEMON_H
 #define SKV_FUZZ_DAEMON_H
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
@@ -34,16 +33,6 @@ static inline void fuzz_turn(void)
 {
     FUZZ_MUST(loop_turn(fuzz_daemon.loop, false, 0) >= 0);
     skv_work(&fuzz_daemon);
-}
-
-static inline uint32_t fuzz_count_fds(void)
-{
-    uint32_t count = 0;
-    DIR *directory = opendir("/proc/self/fd");
-    while (directory && readdir(directory))
-        count++;
-    closedir(directory);
-    return count;
 }
 
 /* The hello with its fds is sent: what the daemon answers to it. False: refused. */

@@ -1,7 +1,8 @@
-/* What fuzzers share: what must be so, and an input taken as bytes and numbers. */
+/* What fuzzers share: what must be so, an input taken as bytes and numbers, and a count of fds. */
 #ifndef SKV_FUZZ_INPUT_H
 #define SKV_FUZZ_INPUT_H
 
+#include <dirent.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -47,6 +48,17 @@ static inline uint32_t fuzz_u32(struct fuzz_input *in)
     uint32_t value;
     fuzz_take(in, &value, sizeof value);
     return value;
+}
+
+/* Open now. */
+static inline uint32_t fuzz_count_fds(void)
+{
+    uint32_t count = 0;
+    DIR *directory = opendir("/proc/self/fd");
+    while (directory && readdir(directory))
+        count++;
+    closedir(directory);
+    return count;
 }
 
 #endif
