@@ -269,8 +269,8 @@ Test(refusals, what_nobody_reads_takes_no_goodbye_back)
     say_much(raw.socket);
     say_much(fresh);
     kill(rig.daemon, SIGCONT);
-    cr_expect_eq(raw_goodbye(&raw, 5000), SKV_EPROTO);
-    cr_expect_eq(raw_receive(fresh, &answer, sizeof answer, NULL, 5000), sizeof answer);
+    cr_expect_eq(raw_goodbye(&raw), SKV_EPROTO);
+    cr_expect_eq(raw_receive(fresh, &answer, sizeof answer, NULL, RAW_PATIENCE_MS), sizeof answer);
     cr_expect_eq(answer.status, SKV_EPROTO);
     close(fresh);
     raw_close(&raw);
