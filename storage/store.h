@@ -48,7 +48,7 @@ struct skv_store_options {
 int skv_store_prepare(const struct skv_store_options *options, struct skv_store **out);
 /* Takes the store's lock, making the store if it is missing, and has the check of what is in it
  * begin. Follow with skv_store_open_claimed() or skv_store_close(). SKV_EBUSY: another daemon has
- * it, try again; SKV_EGEOMETRY: made for another geometry (both logged); SKV_ECORRUPT: not a store
+ * it, try again (not logged); SKV_EGEOMETRY: made for another geometry; SKV_ECORRUPT: not a store
  * (a directory with other files in it is left alone); SKV_ENOTSUP: made by a later sidekvd, and
  * left alone. */
 int skv_store_claim(struct skv_store *store);
