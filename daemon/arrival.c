@@ -1,10 +1,12 @@
 #include "arrival.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "clock.h"
 #include "daemon.h"
@@ -279,12 +281,20 @@ uint32_t skv_arrival_take(struct daemon *daemon)
 
 int skv_arrival_await(struct daemon *daemon, uint64_t until_ns)
 {
+    struct pollfd fds[] = {{.fd = daemon->arrival_bell.fd, .events = POLLIN},
+                           {.fd = skv_start_signals(daemon), .events = POLLIN}};
     uint64_t now_ns;
     while (daemon->arrival && !daemon->arrival->workers_first && !daemon->arrival_status &&
-           (now_ns = skv_now_ns()) < until_ns)
-        if (!skv_arrival_take(daemon))
-            skv_bell_wait(&daemon->arrival_bell,
-                          until_ns == UINT64_MAX ? until_ns : until_ns - now_ns);
+           (now_ns = skv_now_ns()) < until_ns) {
+        uint64_t wait_ns = skv_arrival_take(daemon) ? 0 : until_ns - now_ns;
+        struct timespec timeout = {.tv_sec = (time_t)(wait_ns / 1000000000u),
+                                   .tv_nsec = (long)(wait_ns % 1000000000u)};
+        if (ppoll(fds, 2, until_ns == UINT64_MAX && wait_ns ? NULL : &timeout, NULL) > 0 &&
+            fds[1].revents)
+            return SKV_EAGAIN;
+        if (wait_ns)
+            skv_bell_wait(&daemon->arrival_bell, 0); /* takes the ring */
+    }
     return daemon->arrival_status;
 }
 

@@ -19,7 +19,7 @@ int skv_arrival_start(struct daemon *daemon);
  * done; when it was nothing, daemon->arrival_bell rings for what comes next. */
 uint32_t skv_arrival_take(struct daemon *daemon);
 /* Takes what comes until the store is there, or the time is over; nothing where workers come first,
- * whom only the loop lets in. 0, or what went wrong. */
+ * whom only the loop lets in. 0, or what went wrong; SKV_EAGAIN: the start was told to end. */
 int skv_arrival_await(struct daemon *daemon, uint64_t until_ns);
 /* Gives up; whatever of store, pinner and mover is there already is the daemon's, to be closed. */
 void skv_arrival_stop(struct daemon *daemon);

@@ -115,6 +115,7 @@ struct daemon {
     uint64_t kept_ns; /* housekeeping's last; 0 after a sleep: due, and the wall clock too */
     uint64_t free_ns; /* since when the daemon of before is gone: the start of this one's time */
     uint64_t start_by_ns;      /* --start-wait's end */
+    const char *awaited;       /* of an earlier daemon's, till then: it was said */
     uint64_t accept_ns;        /* not accepting till then */
     uint64_t store_checked_ns; /* watermarks looked at */
     uint64_t generation_limit; /* high-water mark that is in the store */
@@ -131,6 +132,13 @@ struct daemon {
     bool broken;            /* the device failed */
     struct skv_stats stats; /* the daemon's own share */
 };
+
+/* Readable once SIGTERM or SIGINT is to end a start, which has nothing to store yet. -1: they are
+ * left to the loop, for what is in the pool to be taken over is stored first. */
+static inline int skv_start_signals(const struct daemon *daemon)
+{
+    return daemon->kept.adopted || daemon->kept.handles.extents ? -1 : daemon->signals;
+}
 
 /* serve.c */
 /* Serves until SIGTERM or SIGINT has stored everything, or the device breaks. Returns the exit

@@ -47,20 +47,30 @@ static void make_parent(const char *path)
     mkdir(parent, 0755); /* what is wrong with it, bind() or the store says */
 }
 
-/* An earlier daemon that is still ending holds its lock and memory for a moment. */
-static bool worth_waiting(uint64_t until_ns, const char *what)
+/* Is the start to end, now or within `wait_ms`? See skv_start_signals(). */
+static bool told_to_end(const struct daemon *daemon, int wait_ms)
 {
-    if (skv_now_ns() >= until_ns)
+    struct pollfd told = {.fd = skv_start_signals(daemon), .events = POLLIN};
+    return poll(&told, 1, wait_ms) == 1;
+}
+
+/* An earlier daemon that is still ending holds its locks and memory for a moment. */
+static bool worth_waiting(struct daemon *daemon, const char *what)
+{
+    if (skv_now_ns() >= daemon->start_by_ns || told_to_end(daemon, 0))
         return false;
-    skv_info("waiting for an earlier daemon's %s", what);
-    usleep(200000);
-    return true;
+    if (daemon->awaited != what)
+        skv_info("waiting for an earlier daemon's %s, for %u ms at most", what,
+                 daemon->options.start_wait_ms);
+    daemon->awaited = what;
+    return !told_to_end(daemon, 200);
 }
 
 /* Takes the socket's path for this daemon's life, by a lock beside it: whoever holds that may
  * replace a stale socket. */
-static int claim(const char *path, uint64_t until_ns)
+static int claim(struct daemon *daemon)
 {
+    const char *path = daemon->options.socket;
     char lock[4096];
     make_parent(path);
     snprintf(lock, sizeof lock, "%s.lock", path);
@@ -70,26 +80,25 @@ static int claim(const char *path, uint64_t until_ns)
         return SKV_EIO;
     }
     int taken;
-    while ((taken = flock(fd, LOCK_EX | LOCK_NB)) && worth_waiting(until_ns, "socket"))
+    while ((taken = flock(fd, LOCK_EX | LOCK_NB)) && worth_waiting(daemon, "socket"))
         ;
     if (taken) {
-        skv_error("%s: another daemon listens there; stop it, or choose another --socket", path);
+        if (!told_to_end(daemon, 0))
+            skv_error("%s: another daemon listens there; stop it, or choose another --socket",
+                      path);
         close(fd);
         return SKV_EBUSY;
     }
     return SKV_OK; /* held until the process ends */
 }
 
-/* The last step of the start: who can connect is served. */
-static int listen_at(const char *path)
+/* Makes the socket, before anything is made that it is to serve: a path that does not do ends the
+ * start. Who connects is turned away until listen() is called. */
+static int bind_socket(struct daemon *daemon)
 {
+    const char *path = daemon->options.socket;
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof address.sun_path) {
-        skv_error("--socket %s: the path is longer than %zu bytes", path,
-                  sizeof address.sun_path - 1);
-        return SKV_EINVAL;
-    }
-    memcpy(address.sun_path, path, strlen(path));
+    memcpy(address.sun_path, path, strlen(path)); /* options_parse() saw that it fits */
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0) {
         skv_error("socket: %s", strerror(errno));
@@ -98,15 +107,14 @@ static int listen_at(const char *path)
     struct stat old;
     if (lstat(path, &old) == 0 && S_ISSOCK(old.st_mode))
         unlink(path); /* an earlier daemon's: its lock is ours */
-    mode_t mask = umask(0177);
-    int failed = bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, 128);
-    umask(mask);
-    if (failed) {
+    /* The file gets the socket's mode: umask() would be every thread's. */
+    if (fchmod(fd, 0600) || bind(fd, (struct sockaddr *)&address, sizeof address)) {
         skv_error("cannot listen at %s: %s; choose another --socket", path, strerror(errno));
         close(fd);
         return SKV_EIO;
     }
-    return fd;
+    daemon->listener = fd;
+    return SKV_OK;
 }
 
 /* The descriptor table: a memfd that workers get read-only. *made: the same, writable, for the
@@ -118,7 +126,10 @@ static int make_table(struct daemon *daemon, uint64_t pages, int *made)
         char left[64];
         snprintf(left, sizeof left, "/proc/self/fd/%d", daemon->kept.table_fd);
         daemon->table_fd = open(left, O_RDONLY | O_CLOEXEC);
-        return daemon->table_fd < 0 ? SKV_EIO : SKV_OK;
+        if (daemon->table_fd >= 0)
+            return SKV_OK;
+        skv_error("page descriptors: %s", strerror(errno));
+        return SKV_EIO;
     }
     daemon->table_bytes = sizeof *daemon->table + pages * sizeof *daemon->table->entries;
     int fd = memfd_create("sidekv-pages", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -162,7 +173,7 @@ static int make_pool(struct daemon *daemon)
                                                    PROTECT_EXTENTS, &daemon->pool)
                            : skv_pool_create(daemon->device, o->pool_bytes, page_bytes, o->export,
                                              &daemon->pool);
-        if (status != SKV_ENOMEM || !worth_waiting(daemon->start_by_ns, "memory"))
+        if (status != SKV_ENOMEM || !worth_waiting(daemon, "memory"))
             return status;
     }
 }
@@ -206,8 +217,11 @@ static int claim_store(struct daemon *daemon)
     make_parent(daemon->options.store);
     int status;
     while ((status = skv_store_claim(daemon->claimed)) == SKV_EBUSY &&
-           worth_waiting(daemon->start_by_ns, "store"))
+           worth_waiting(daemon, "store"))
         ;
+    if (status == SKV_EBUSY && !told_to_end(daemon, 0))
+        skv_error("store %s: another sidekvd is using it; stop that one first",
+                  daemon->options.store);
     return status;
 }
 
@@ -219,7 +233,9 @@ static int claim_all(struct daemon *daemon)
     daemon->session_ids = daemon->free_ns; /* never an id of an earlier daemon */
     daemon->start_by_ns = daemon->free_ns + (uint64_t)daemon->options.start_wait_ms * 1000000;
     if (!status)
-        status = claim(daemon->options.socket, daemon->start_by_ns);
+        status = claim(daemon);
+    if (!status)
+        status = bind_socket(daemon);
     return status ? status : claim_store(daemon);
 }
 
@@ -269,7 +285,9 @@ static int claim_all_and_open_device(struct daemon *daemon)
     close(daemon->turn);
     if (status)
         return status;
-    while (daemon->device_status == SKV_ENOMEM && worth_waiting(daemon->start_by_ns, "memory"))
+    if (told_to_end(daemon, 0))
+        return SKV_EAGAIN;
+    while (daemon->device_status == SKV_ENOMEM && worth_waiting(daemon, "memory"))
         open_device(daemon);
     const uint64_t *ns = daemon->device_ns;
     skv_debug(
@@ -360,8 +378,10 @@ static int open_all(struct daemon *daemon)
     }
     skv_kept_watch(daemon);
     skv_failpoint(FAIL_start_listening);
-    if ((daemon->listener = status = listen_at(o->socket)) < 0)
-        return status;
+    if (listen(daemon->listener, 128)) {
+        skv_error("cannot listen at %s: %s", o->socket, strerror(errno));
+        return SKV_EIO;
+    }
     skv_info("%s at %s: %s, %llu pages of %llu KiB, store %s, %s", SKV_VERSION, o->socket,
              skv_device_info(daemon->device)->name, (unsigned long long)pages,
              (unsigned long long)page_bytes >> 10, o->store ? o->store : "none", what);
@@ -395,6 +415,21 @@ static void close_all(struct daemon *daemon)
     skv_kept_close(daemon);
 }
 
+/* Says so. Returns the exit status. */
+static int failed_start(const struct daemon *daemon, int status)
+{
+    if (told_to_end(daemon, 0)) {
+        skv_info("told to end during its start: ending, with nothing to store");
+        skv_notify("STOPPING=1");
+        return 0;
+    }
+    skv_error("not started: %s", status == SKV_ENOMEM
+                                     ? "raise the memory limit, or ask for less (--pool-bytes, "
+                                       "--max-users, --staging-bytes)"
+                                     : "see the lines above");
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
     static struct daemon daemon = {.listener = -1, .arrival_bell.fd = -1};
@@ -407,13 +442,14 @@ int main(int argc, char **argv)
         files.rlim_cur = files.rlim_max;
         setrlimit(RLIMIT_NOFILE, &files);
     }
-    /* Blocked before any thread starts, so that only the loop hears them. */
+    /* Blocked before any thread starts: the start looks for them where it waits, then the loop. */
     sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGINT);
     sigprocmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);  /* a terminal that closes takes no cache with it */
     signal(SIGCHLD, SIG_DFL); /* ignored by whoever started us, the store's check would be lost */
     skv_sigbus_init();
     daemon.signals = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
@@ -423,12 +459,9 @@ int main(int argc, char **argv)
     skv_peers_init(&daemon);
     int status = daemon.signals < 0 ? SKV_EIO : open_all(&daemon);
     if (status < 0) {
-        skv_error("not started: %s%s", skv_strerror(status),
-                  status == SKV_ENOMEM ? ": raise the memory limit, or ask for less (--pool-bytes, "
-                                         "--max-users, --staging-bytes)"
-                                       : "");
+        result = failed_start(&daemon, status);
         close_all(&daemon);
-        return 1;
+        return result;
     }
     skv_notify("READY=1");
     result = skv_serve(&daemon);

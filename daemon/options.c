@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/statvfs.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #define GIB (UINT64_C(1) << 30)
@@ -51,8 +52,9 @@ static const char help[] =
     "  --lease-ms MS        fence an append lease held longer, when another worker wants it\n"
     "                       (default 5000)\n"
     "  --spin-us US         spin this long before sleeping (default 50; 0 on fewer than 4 cores)\n"
-    "  --start-wait MS      wait this long for memory that an earlier daemon still holds\n"
-    "                       (default 5000)\n"
+    "  --start-wait MS      wait this long for socket, store and memory that an earlier daemon "
+    "still\n"
+    "                       holds (default 5000)\n"
     "  --standby WHEN       under sidekv-keeper: start the next daemon as soon as this one serves; "
     "it\n"
     "                       opens its device and waits. on, off, or auto (default): on with a GPU\n"
@@ -191,6 +193,14 @@ static uint64_t *size(struct options *o, int option)
     }
 }
 
+/* Has it a name's form? Whether there is such a device is found out by opening it. */
+static bool is_device(const char *name)
+{
+    if (strncmp(name, "cuda:", 5) == 0)
+        return number(name + 5, false) >= 0;
+    return strcmp(name, "auto") == 0 || strcmp(name, "host") == 0 || strcmp(name, "cuda") == 0;
+}
+
 /* false: the value is not one of its option. */
 static bool take(struct options *o, int option, const char *value)
 {
@@ -216,7 +226,7 @@ static bool take(struct options *o, int option, const char *value)
         return true;
     case OPT_DEVICE:
         o->device = value;
-        return true;
+        return is_device(value);
     case OPT_MODEL:
         for (size_t i = 0; i < sizeof models / sizeof *models; i++)
             if (strcmp(value, models[i].name) == 0) {
@@ -257,7 +267,7 @@ int options_parse(int argc, char **argv, struct options *out)
 {
     const char *socket = getenv("SIDEKV_SOCKET");
     *out = (struct options){
-        .socket = socket ? socket : SKV_DEFAULT_SOCKET,
+        .socket = socket && *socket ? socket : SKV_DEFAULT_SOCKET,
         .store = "/var/lib/sidekv",
         .device = "auto",
         .geometry = models[0].geometry,
@@ -284,6 +294,10 @@ int options_parse(int argc, char **argv, struct options *out)
     }
     if (optind < argc)
         return usage("unexpected argument", argv[optind]);
+    if (!*out->socket)
+        return usage("--socket takes a path", NULL);
+    if (strlen(out->socket) >= sizeof((struct sockaddr_un *)0)->sun_path)
+        return usage("the socket's path is longer than 107 bytes", out->socket);
     if (skv_geometry_check(&out->geometry))
         return usage(
             "a geometry has 1 to 64 layers and heads, head dim 64, 128 or 256, and 16, 32, "

@@ -247,8 +247,6 @@ int skv_state_open(const char *path, struct skv_state *state, bool *fresh)
     if (fd < 0)
         return failed(path, "cannot open " STATE_NAME);
     if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
-        if (errno == EWOULDBLOCK)
-            skv_error("store %s: another sidekvd is using it; stop that one first", path);
         rc = errno == EWOULDBLOCK ? SKV_EBUSY : failed(path, "cannot lock " STATE_NAME);
         close(fd);
         return rc;

@@ -26,7 +26,7 @@ struct skv_state {
 /* Opens and locks the state of the store in directory `path`, making both if they are missing.
  * *fresh: there was none, or none of its slots is whole; only fd is set then. Follow with
  * skv_state_close(). SKV_ECORRUPT: not a store, nothing was touched; SKV_EBUSY: another daemon has
- * it; SKV_EPERM, SKV_ENOENT (the parent), SKV_ENOSPC, SKV_EIO. All are logged. */
+ * it; SKV_EPERM, SKV_ENOENT (the parent), SKV_ENOSPC, SKV_EIO. All but SKV_EBUSY are logged. */
 int skv_state_open(const char *path, struct skv_state *state, bool *fresh);
 /* Writes the state and syncs it. SKV_EIO, SKV_ENOSPC (logged). */
 int skv_state_write(struct skv_state *state);

@@ -37,7 +37,7 @@ _Static_assert(sizeof(struct skv_trailer) == SKV_TRAILER_BYTES, "a trailer is 64
 
 struct skv_store_options {
     const char *path;             /* a directory, made if missing (its parent must exist) */
-    struct skv_geometry geometry; /* must equal the stored one */
+    struct skv_geometry geometry; /* must equal the stored one's, if users are in it */
     uint64_t map_bytes; /* size of data.mdb (sparse); at least 64 MiB; may grow between runs */
     enum skv_durability durability;
 };
@@ -48,9 +48,9 @@ struct skv_store_options {
 int skv_store_prepare(const struct skv_store_options *options, struct skv_store **out);
 /* Takes the store's lock, making the store if it is missing, and has the check of what is in it
  * begin. Follow with skv_store_open_claimed() or skv_store_close(). SKV_EBUSY: another daemon has
- * it, try again; SKV_EGEOMETRY: made for another geometry (both logged); SKV_ECORRUPT: not a store
- * (a directory with other files in it is left alone); SKV_ENOTSUP: made by a later sidekvd, and
- * left alone. */
+ * it, try again (not logged); SKV_EGEOMETRY: made for another geometry, and users are in it (else
+ * it is made anew, logged); SKV_ECORRUPT: not a store (a directory with other files in it is left
+ * alone); SKV_ENOTSUP: made by a later sidekvd, and left alone. */
 int skv_store_claim(struct skv_store *store);
 /* Waits for the check, then opens the store; any thread. After an unclean reboot under `process`,
  * or when the check did not pass, it starts cold: the old data.mdb is removed; that is logged and

@@ -3,9 +3,10 @@
  *
  * The happy path: lock and read sidekv.store, have a child process check data.mdb (store_check.c),
  * mark it unclean, open the environment, make the databases, extend the file to the map. Failure: a
- * directory that is not ours, another geometry, another daemon: refused, untouched. Files of ours
- * that cannot be trusted (unclean reboot under `process`, a check that did not pass, a tree that
- * LMDB found damaged while it was in use): removed, logged, counted, made new. */
+ * directory that is not ours, another geometry with users in it, another daemon: refused,
+ * untouched. Files of ours that cannot be trusted (unclean reboot under `process`, a check that did
+ * not pass, a tree that LMDB found damaged while it was in use): removed, logged, counted, made
+ * new. */
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -331,16 +332,32 @@ static int open_warm_or_cold(struct skv_store *store, const struct skv_store_opt
     return rc || !unsynced ? rc : skv_state_write(state);
 }
 
-static int check_geometry(const struct skv_store *store, const struct skv_geometry *has)
+static int refuse_geometry(const struct skv_store *store)
 {
-    const struct skv_geometry *want = &store->geometry;
-    if (memcmp(want, has, sizeof *has) == 0)
-        return 0;
+    const struct skv_geometry *want = &store->geometry, *has = &store->state.geometry;
     skv_error("store %s holds pages of %u layers, %u heads, head dim %u, %u tokens; asked for %u "
               "layers, %u heads, head dim %u, %u tokens: use another directory, or remove this one",
               store->path, has->layers, has->heads, has->head_dim, has->page_tokens, want->layers,
               want->heads, want->head_dim, want->page_tokens);
     return SKV_EGEOMETRY;
+}
+
+/* A store of another geometry is made anew if nobody is in it, as one that a daemon without options
+ * made, and refused else: also where that cannot be told. */
+static int take_over(struct skv_store *store, bool data)
+{
+    int rc = distrust(&store->state) ? SKV_EGEOMETRY : 0;
+    if (rc == 0 && data) {
+        store->check.report->foreign = true;
+        rc = skv_check_start(store);
+        if (rc == 0)
+            rc = skv_check_wait(store);
+    }
+    skv_check_stop(store);
+    if (rc == SKV_EGEOMETRY || rc == SKV_ECORRUPT)
+        return refuse_geometry(store);
+    store->fresh = rc == 0;
+    return rc ? rc : remove_data(store->path, "it is of another geometry, and no user is in it");
 }
 
 /* Why data.mdb cannot be trusted, as far as that shows without looking into it; NULL: it is to be
@@ -381,11 +398,12 @@ int skv_store_prepare(const struct skv_store_options *options, struct skv_store 
 int skv_store_claim(struct skv_store *store)
 {
     int rc = skv_state_open(store->path, &store->state, &store->fresh);
-    if (rc == 0 && !store->fresh)
-        rc = check_geometry(store, &store->state.geometry);
     if (rc)
         return rc;
     bool data = has_data(store->path);
+    if (!store->fresh &&
+        memcmp(&store->geometry, &store->state.geometry, sizeof store->geometry) != 0)
+        return take_over(store, data);
     store->distrusted = distrust_unseen(store, data);
     if (data && !store->distrusted)
         return skv_check_start(store);

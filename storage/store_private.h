@@ -18,9 +18,11 @@
 
 /* What the check at start found, in memory that it shares with the process that does it. */
 struct skv_tree_report {
+    bool foreign; /* told to the child: the store is of another geometry, so it must be empty */
     _Atomic uint64_t progress; /* node pages seen */
     _Atomic bool verdict;      /* `status` counts. Release; pairs with skv_check_wait() */
-    int32_t status;            /* 0, SKV_ECORRUPT: see `why`; SKV_ENOMEM, SKV_EIO: not checked */
+    int32_t status;            /* 0, SKV_ECORRUPT: see `why`; SKV_EGEOMETRY: foreign, not empty;
+                                  SKV_ENOMEM, SKV_EIO: not checked */
     char why[128];
     uint64_t users, pages;    /* entries */
     uint64_t damaged_records; /* users left out */
@@ -106,7 +108,8 @@ struct skv_usage skv_store_measure(const struct skv_store *store, MDB_txn *txn);
 /* Makes that the store's usage, once committed, and moves the high-water mark. */
 void skv_store_publish(struct skv_store *store, struct skv_usage usage);
 
-/* store_tree.c: walks the trees in `bytes` of data.mdb. 0; SKV_ECORRUPT, with report->why;
+/* store_tree.c: walks the trees in `bytes` of data.mdb; of a foreign store, as far as it takes to
+ * see whether users or pages are in it (SKV_EGEOMETRY). 0; SKV_ECORRUPT, with report->why;
  * SKV_ENOMEM. May crash on what it meets. */
 int skv_tree_walk(const struct skv_store *store, const uint8_t *file, uint64_t bytes,
                   struct skv_tree_report *report);

@@ -451,6 +451,8 @@ int skv_tree_walk(const struct skv_store *store, const uint8_t *file, uint64_t b
     int rc = walk_tree(&w, TREE_FREE, "the free list", list);
     if (rc == 0)
         rc = walk_tree(&w, TREE_DIRECTORY, "the directory", directory);
+    if (rc == 0 && report->foreign && (w.ours[TREE_USERS].entries || w.ours[TREE_PAGES].entries))
+        rc = SKV_EGEOMETRY;
     /* A daemon killed before its first transaction leaves none of the three, else all. */
     if (rc == 0 && directory.entries)
         rc = directory.entries == 3 ? walk_ours(&w) : complain(&w, "a database is missing");

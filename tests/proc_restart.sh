@@ -58,7 +58,14 @@ ok "a wrong option is not tried again" [ "$status" = 2 ]
 timeout 120 "$bin/sidekv-keeper" --socket "$work/s" --store "$work/kept" --store-bytes 1M --pool-bytes 64M --device host >"$work/log" 2>&1
 status=$?
 ok "nor is a first start without its store" [ "$status" = 1 ]
+timeout 120 "$bin/sidekv-keeper" --socket "$work/kept/data.mdb" --store none --pool-bytes 64M --device host >"$work/log" 2>&1
+status=$?
+ok "nor one where a file is in the socket's place" [ "$status" = 1 -a "$(grep -c 'not started' "$work/log")" = 1 ]
 start sidekvd
+"$bin/sidekvd" --socket "$work/second" --store "$work/kept" --pool-bytes 64M --device host --start-wait 700 >"$work/out" 2>&1
+status=$?
+ok "a second daemon waits for the store" [ "$status" = 1 ]
+ok "and says once that it does, and once that it is over" [ "$(grep -c 'waiting for' "$work/out") $(grep -c 'another sidekvd' "$work/out")" = "1 1" ]
 cli restart
 ok "without a keeper there is no restart" [ "$status" = 1 ]
 ok "and what to do is said" says "sidekv-keeper"

@@ -385,7 +385,8 @@ Test(refusals, a_start_that_cannot_work_ends_with_an_error)
     static const char *const other[] = {"--pool-bytes", "8M", "--start-wait", "0", "--head-dim",
                                         "128",          NULL};
     static const char *const wrong[] = {"--pool-bytes", "-3", NULL};
-    char socket[128], store[128];
+    static const char *const nowhere[] = {"--device", "bogus", NULL};
+    char socket[128], store[128], file[128];
     snprintf(socket, sizeof socket, "%s/second", rig.directory);
     snprintf(store, sizeof store, "%s/other", rig.directory);
     cr_expect_eq(second_daemon(rig.socket, store, plain), 1, "the socket is in use");
@@ -395,6 +396,11 @@ Test(refusals, a_start_that_cannot_work_ends_with_an_error)
                  "a store path that is no directory");
     cr_expect_eq(second_daemon(socket, "/usr", plain), 1, "a directory that is no store");
     cr_expect_eq(second_daemon(socket, store, wrong), 2, "a value that is none");
+    cr_expect_eq(second_daemon(socket, store, nowhere), 2, "a device that cannot be");
+    cr_expect_eq(second_daemon("", store, plain), 2, "no path for the socket");
+    snprintf(file, sizeof file, "%s/store/data.mdb", rig.directory);
+    cr_expect_eq(second_daemon(file, store, plain), 1, "a file where the socket is to be");
+    cr_expect_eq(access(file, F_OK), 0, "which stays");
     expect_undisturbed();
     rig_stop(&rig, SIGTERM);
     cr_expect_eq(second_daemon(socket, rig.store, other), 1, "a store of another geometry");
@@ -424,6 +430,56 @@ Test(refusals, sigterm_stores_what_is_committed)
 Test(refusals, kill_9_keeps_what_is_stored)
 {
     restart(SIGKILL);
+}
+
+/* A daemon that waits in its start is told to end: it does, well. */
+static void end_while_starting(struct rig *starting, const char *const options[], int signal)
+{
+    int status;
+    rig_start(starting, options);
+    for (int i = 0; i < RAW_PATIENCE_MS && access(starting->socket, F_OK); i++)
+        usleep(1000);
+    usleep(200000); /* it may be further then; it ends wherever it is */
+    kill(starting->daemon, signal);
+    cr_assert_eq(waitpid(starting->daemon, &status, 0), starting->daemon);
+    starting->daemon = 0;
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "wait status %#x", (unsigned)status);
+    cr_expect_neq(access(starting->socket, F_OK), 0, "its socket is gone");
+}
+
+Test(refusals, sigterm_ends_a_start_that_waits_for_an_earlier_daemon)
+{
+    static const char *const options[] = {"--pool-bytes", "8M", "--start-wait", "600000", NULL};
+    struct rig second = rig;
+    snprintf(second.socket, sizeof second.socket, "%s/second", rig.directory);
+    end_while_starting(&second, options, SIGTERM);
+    expect_undisturbed();
+}
+
+Test(refusals, sigint_ends_a_start_that_waits_for_its_check_and_loses_nothing)
+{
+    static const char *const options[] = {"--pool-bytes", "8M", NULL};
+    struct skv_user_info info;
+    char hold[128];
+    snprintf(hold, sizeof hold, "%s/hold", rig.directory);
+    cr_assert_eq(append(3, 1000), 0);
+    rig_stop(&rig, SIGTERM);
+    close(open(hold, O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+    setenv("SIDEKV_TEST_CHECK", hold, 1);
+    end_while_starting(&rig, options, SIGINT);
+    unlink(hold);
+    unsetenv("SIDEKV_TEST_CHECK");
+    rig_start(&rig, options);
+    cr_assert_eq(skv_reconnect(good, 20000), 0);
+    cr_assert_eq(skv_lookup(good, (struct skv_id){0}, skv_user_integer(3), &info), 0);
+    cr_expect_eq(info.stored, 1000);
+}
+
+Test(refusals, a_terminal_that_closes_takes_no_cache_with_it)
+{
+    cr_assert_eq(append(3, 1000), 0);
+    kill(rig.daemon, SIGHUP);
+    expect_undisturbed();
 }
 
 static int open_files(pid_t pid)

@@ -405,6 +405,44 @@ Test(store, another_geometry_is_refused_and_the_store_kept)
     skv_store_close(store);
 }
 
+/* As a daemon leaves it that was started once, without the options that were meant. */
+Test(store, one_of_another_geometry_with_nobody_in_it_is_made_anew)
+{
+    struct skv_store_options options = {.path = directory, .geometry = TINY, .map_bytes = MAP};
+    struct skv_store *store = open_store(directory, MAP), *none = NULL;
+    skv_store_close(store);
+    options.geometry.page_tokens = 64;
+    cr_assert_eq(skv_store_open(&options, &store), 0);
+    skv_store_close(store);
+    cr_assert_eq(skv_store_open(&options, &store), 0, "and is of the new one from then on");
+    skv_store_close(store);
+    store = open_store(directory, MAP);
+    cr_assert_eq(store_user(store, user_of(1), 0, 64), 0);
+    skv_store_close(store);
+    cr_assert_eq(skv_store_open(&options, &none), SKV_EGEOMETRY);
+    store = open_store(directory, MAP);
+    cr_assert_eq(remove_user(store, user_of(1)), 0);
+    skv_store_close(store);
+    cr_assert_eq(skv_store_open(&options, &store), 0, "nobody is left");
+    uint64_t cold, records;
+    skv_store_damage(store, &cold, &records);
+    cr_expect_eq(cold, 0, "nothing was lost");
+    skv_store_close(store);
+}
+
+Test(store, one_of_another_geometry_that_cannot_be_looked_at_is_refused)
+{
+    struct skv_store_options options = {.path = directory, .geometry = TINY, .map_bytes = MAP};
+    struct skv_store *store = open_store(directory, MAP), *none = NULL;
+    skv_store_close(store);
+    options.geometry.page_tokens = 64;
+    setenv("SIDEKV_TEST_CHECK", "crash", 1);
+    cr_expect_eq(skv_store_open(&options, &none), SKV_EGEOMETRY);
+    unsetenv("SIDEKV_TEST_CHECK");
+    store = open_store(directory, MAP);
+    skv_store_close(store);
+}
+
 Test(store, a_second_opener_is_refused)
 {
     struct skv_store *store = open_store(directory, MAP), *second;
