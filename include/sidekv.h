@@ -304,7 +304,8 @@ int skv_restart(struct skv *skv);
  * or an error. Users that come or go meanwhile may be missed or seen. */
 int skv_list(struct skv *skv, uint64_t *cursor, struct skv_user_info *infos, uint32_t capacity);
 
-/* Name, unit-bearing text. Counters since the daemon's start unless said otherwise. */
+/* Name, unit-bearing text. Counters since the daemon's start unless said otherwise. New ones are
+ * added at the end: daemon and worker may be of builds that know different numbers of them. */
 #define SKV_STATS_MAP(X)                                                                           \
     X(uptime_ms, "milliseconds since the daemon started")                                          \
     X(epoll, "1 when the daemon serves by epoll, for want of io_uring")                            \
@@ -366,6 +367,7 @@ struct skv_stats {
 #undef X
 };
 
+/* What the daemon does not count is 0. */
 int skv_stats(struct skv *skv, struct skv_stats *stats);
 
 /* What the daemon told us of itself at connect. */

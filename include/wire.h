@@ -160,7 +160,7 @@ enum wire_opcode {
      * scratch; completion's count says how many, value[0] is the next cursor, 0 at the end. A
      * worker sees its model, an admin all. */
     WIRE_LIST,
-    /* Anyone. Fills struct skv_stats in scratch. */
+    /* Anyone. Fills struct skv_stats in scratch; completion's count says how many u64 it has. */
     WIRE_STATS,
     /* Admin. Completes when accepted; the daemon then ends, and its keeper starts the binary anew.
      * SKV_ENOTSUP: no keeper. */
