@@ -112,9 +112,11 @@ BINS := $(if $(wildcard daemon/main.c),$(B)/bin/sidekvd $(B)/bin/sidekv-keeper) 
 .PHONY: all
 all: deps $(BINS) $(BENCHES) ## build the daemon, the CLI, the libraries and the benches
 
-.PHONY: deps
+.PHONY: deps test-deps
 deps: ## check for (as root: install) the Debian packages that the build needs
-	@contrib/deps.sh
+	@contrib/deps.sh $(DEPS)
+test-deps: deps # and those that the tests need beside
+	@contrib/deps.sh tests
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -133,9 +135,9 @@ $(B)/lib/%.a:
 	@rm -f $@
 	$(Q)ar rcs $@ $^
 
-# $(1) folder. A change of flags is a change of configuration: clean by hand.
+# $(1) folder, $(2) what it needs. A change of flags is a change of configuration: clean by hand.
 define cc_rule
-$(O)/$(1)/%.c.o: $(1)/%.c | deps
+$(O)/$(1)/%.c.o: $(1)/%.c | $(2)
 	@mkdir -p $$(@D)
 	$$(call say,CC $$<)
 	$$(Q)$$(CC) $$(CFLAGS) $$(CFLAGS_$$(*F)) $$(I_$(1)) -MMD -MP -c $$< -o $$@
@@ -145,7 +147,8 @@ $(O)/$(1)/%.cu.o: $(1)/%.cu | deps
 	$$(Q)$$(NVCC) $$(NVFLAGS) $$(if $$(findstring sm90,$$*),$$(NVARCH_90),$$(NVARCH_ALL)) $$(I_$(1)) -MMD -MP -c $$< -o $$@ 2>$$@.ptxas || { cat $$@.ptxas >&2; exit 1; }
 	$$(Q)tests/kernels.sh $$@.ptxas || { rm -f $$@; exit 1; }
 endef
-$(foreach d,common kernels storage daemon client tests bench,$(eval $(call cc_rule,$(d))))
+$(foreach d,common kernels storage daemon client bench,$(eval $(call cc_rule,$(d),deps)))
+$(eval $(call cc_rule,tests,test-deps))
 
 # The fast host layers are compiled for the instruction sets they dispatch on.
 -include kernels/flags.mk
@@ -309,7 +312,8 @@ bench: all ## the figures of docs/benchmarks.md that this machine can give; PART
 	@bench/run.sh $(B)/bin $(PARTS)
 
 .PHONY: install
-install: all ## programs, libraries, headers, man pages and the systemd unit, under $(DESTDIR)$(PREFIX)
+install: DEPS = check # it installs this project, and nothing else unasked
+install: binaries ## programs, libraries, headers, man pages and the systemd unit, under $(DESTDIR)$(PREFIX)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig \
 	    $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8
 	install -m 755 $(B)/bin/sidekv $(DESTDIR)$(PREFIX)/bin

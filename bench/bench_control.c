@@ -1,10 +1,15 @@
 /* The control path: what a worker waits for besides its own computing. Starts a daemon of its own
  * on the host backend, pins both sides to a core each (where there are two), spins on both, and
- * times acquire+commit   one resident user, nothing appended: one command to lease its pages, one
- * to end the lease batch of 8       the same for 8 users in one command +offload         the first
- * again while another session appends and the daemon stores lookup           a LOOKUP round trip
- * over random users of which only records are known, at --users 1,000 and 10,000,000 usage:
- * bench_control [--history TOKENS] [--rounds N] [--users N] [--sidekvd PATH] */
+ * times
+ *
+ *   acquire+commit   one resident user, nothing appended: one command to lease its pages, one to
+ *                    end the lease
+ *   batch of 8       the same for 8 users in one command
+ *   +offload         the first again while another session appends and the daemon stores
+ *   lookup           a LOOKUP round trip over random users of which only records are known, at
+ *                    --users 1,000 and 10,000,000
+ *
+ * usage: bench_control [--history TOKENS] [--rounds N] [--users N] [--sidekvd PATH] */
 #include <errno.h>
 #include <getopt.h>
 #include <sched.h>

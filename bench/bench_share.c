@@ -1,10 +1,17 @@
 /* One cache, several workers, layers and copies at once. Starts a daemon of its own, fills users,
- * and times, on --device auto|host|cuda: overlap    onboard alone, compute alone, and both in one
- * gated pass; bound: longer + shorter / L + 0.4 ms sharing    the same GPU hit in the process that
- * filled the cache and in another one (the first idle): the ratio footprint  what a worker costs
+ * and times, on --device auto|host|cuda:
+ *
+ *   overlap    onboard alone, compute alone, and both in one gated pass; bound: longer +
+ *              shorter / L + 0.4 ms
+ *   sharing    the same GPU hit in the process that filled the cache and in another one (the first
+ *              idle): the ratio
+ *   footprint  what a worker costs
+ *
  * Compute: `--users` sequences of `--history` tokens, of which --new are new, and 256 candidates
- * each. usage: bench_share [--model bench|kuairand|tiny] [--device NAME] [--users N] [--history N]
- * [--rounds N] [--store DIR] [--sidekvd PATH] */
+ * each.
+ *
+ * usage: bench_share [--model bench|kuairand|tiny] [--device NAME] [--users N] [--history N]
+ *                    [--rounds N] [--store DIR] [--sidekvd PATH] */
 #include <errno.h>
 #include <getopt.h>
 #include <signal.h>

@@ -279,7 +279,7 @@ static int help(int argc, char **argv)
     return CLI_OK;
 }
 
-int main(int argc, char **argv)
+static int run(int argc, char **argv)
 {
     static const struct option options[] = {{"socket", required_argument, NULL, 's'},
                                             {"version", no_argument, NULL, 'V'},
@@ -320,4 +320,14 @@ int main(int argc, char **argv)
     optind = 0;
     opterr = 1;
     return cli_replay(argc, argv, cli.socket);
+}
+
+/* Most of what is printed only leaves the process here: a full disk is known now, or never. */
+int main(int argc, char **argv)
+{
+    int status = run(argc, argv);
+    if (!fflush(stdout) && !ferror(stdout))
+        return status;
+    fputs("sidekv: the output is not complete: it could not be written\n", stderr);
+    return status ? status : CLI_FAILED;
 }

@@ -464,8 +464,10 @@ int cli_replay(int argc, char **argv, const char *socket)
     int status = parse(argc, argv, &o);
     if (status)
         return status;
-    if (o.help)
-        return fputs(help, stdout) < 0 ? CLI_FAILED : CLI_OK;
+    if (o.help) {
+        fputs(help, stdout);
+        return CLI_OK;
+    }
     o.generate.seed = o.run.header.seed;
     o.run.header.history = o.plan.history_tokens = hstu_model_history(o.run.header.model);
 

@@ -88,9 +88,14 @@ int skv_stats(struct skv *skv, struct skv_stats *stats)
     struct wire_sqe sqe = {.opcode = WIRE_STATS};
     struct wire_cqe cqe;
     int status = skv_call_again(skv, &sqe, skv_deadline(skv), &cqe);
-    if (!status && stats)
-        memcpy(stats, skv_scratch(skv), sizeof *stats);
-    return status;
+    if (status || !stats)
+        return status;
+    if (cqe.count == 0 || cqe.count > WIRE_SCRATCH_BYTES / sizeof(uint64_t))
+        return skv_violation(skv, "STATS's count");
+    size_t told = cqe.count * sizeof(uint64_t);
+    *stats = (struct skv_stats){0};
+    memcpy(stats, skv_scratch(skv), told < sizeof *stats ? told : sizeof *stats);
+    return SKV_OK;
 }
 
 int skv_restart(struct skv *skv)

@@ -4,7 +4,7 @@
  *   open:       options, gate rows -> attach
  *   attach:     handshake -> map session memory and table -> device -> pool -> watcher
  *   detach:     watcher joined -> views unmapped -> unmap -> pool unmapped, its address range kept
- * -> fds closed; a pool that a keeper holds stays mapped: the next daemon has the same one
+ *               -> fds closed; a pool that a keeper holds stays mapped: the next daemon has it too
  *   reconnect:  detach, then attach until it works or the time is over
  *   close:      detach -> pool, gates, device
  *

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Checks that the Debian packages the build needs are there. As root it installs what is missing; otherwise it names the command.
-# Quiet and fast when nothing is missing. Usage: contrib/deps.sh [lint|fuzz|valgrind]
+# Checks that the Debian packages the build needs are there. As root it installs what is missing; otherwise, and with `check`, it names
+# the command. Quiet and fast when nothing is missing. Usage: contrib/deps.sh [check|tests|lint|fuzz|valgrind]
 set -eu
 # header to look for, package
-need="liburing.h:liburing-dev lmdb.h:liblmdb-dev criterion/criterion.h:libcriterion-dev xxhash.h:libxxhash-dev jansson.h:libjansson-dev"
+need="liburing.h:liburing-dev lmdb.h:liblmdb-dev xxhash.h:libxxhash-dev jansson.h:libjansson-dev"
+[ "${1:-}" != tests ] || need="$need criterion/criterion.h:libcriterion-dev"
 missing=""
 for n in $need; do
     header=${n%%:*} package=${n#*:} found=""
@@ -24,9 +25,9 @@ for t in $tools; do
     command -v "${t%%:*}" >/dev/null 2>&1 || missing="$missing ${t#*:}"
 done
 [ -n "$missing" ] || exit 0
-if [ "$(id -u)" = 0 ]; then
+if [ "$(id -u)" = 0 ] && [ "${1:-}" != check ]; then
     echo "installing:$missing"
-    exec 9>/tmp/sidekv-deps.lock
+    exec 9<"$0" # two makes, one apt-get
     flock 9
     apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >/dev/null
 else

@@ -3,6 +3,7 @@
  *
  *   cc -o worker worker_example.c $(pkg-config --cflags --libs libsidekv-hstu)
  *   sidekvd --socket /tmp/s --store none &
+ *   until sidekv --socket /tmp/s ping 2>/dev/null; do sleep 0.1; done
  *   ./worker /tmp/s 4711
  *   ./worker /tmp/s 4711
  *

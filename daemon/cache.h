@@ -7,10 +7,11 @@
  * drops them. What the core wants done (an onboard, a change of the store, a fence) it puts into a
  * list of actions that the caller carries out in order; what was done comes back as an event.
  *
- * A lease:     none --ACQUIRE--> read or append --COMMIT, RELEASE--> none
- *                                     '--fence--> fenced (its pages stay held) --session gone-->
- * none A session:   none --open--> live --fence--> fenced --gone--> none A gate row:  free
- * --ACQUIRE--> owned --all leases ended and no copy in flight--> free
+ *   a lease:     none --ACQUIRE--> read or append --COMMIT, RELEASE--> none
+ *                                  read or append --fence--> fenced --session gone--> none
+ *                (the pages of a fenced one stay held)
+ *   a session:   none --open--> live --fence--> fenced --gone--> none
+ *   a gate row:  free --ACQUIRE--> owned --all leases ended and no copy in flight--> free
  *
  * A user is cut (shortened, with a new generation) only by a proven mismatch, TRUNCATE, FORGET, or
  * a stored page found damaged. */

@@ -422,7 +422,8 @@ static const char *do_stats(struct peer *peer, const struct wire_sqe *sqe)
     if (daemon->pinner)
         stats.pinned_bytes = skv_pinner_bytes(daemon->pinner);
     memcpy(peer->scratch, &stats, sizeof stats);
-    answer(peer, sqe, SKV_OK);
+    skv_complete(peer, &(struct wire_cqe){.user_data = sqe->user_data,
+                                          .count = sizeof stats / sizeof(uint64_t)});
     return NULL;
 }
 

@@ -20,10 +20,14 @@
 
 struct daemon;
 
-/* A connection:  free --accept--> hello --handshake--> live --hang-up, violation, fence--> ending
- * --gone--> free A worker that still holds leases when its connection ends is `ending` until its
- * process has ended (its pidfd, and 20 ms for what the device still had of it), or says in a new
- * handshake that its streams have drained. */
+/* A connection:
+ *
+ *   free --accept--> hello --handshake--> live
+ *   live --hang-up, violation, fence--> ending --gone--> free
+ *
+ * A worker that still holds leases when its connection ends is `ending` until its process has ended
+ * (its pidfd, and 20 ms for what the device still had of it), or says in a new handshake that its
+ * streams have drained. */
 enum peer_state { PEER_FREE, PEER_HELLO, PEER_LIVE, PEER_ENDING };
 
 struct peer {

@@ -1,10 +1,11 @@
 /* Where an onboard's bytes come from. Under the job's snapshot every page is located, and then
  *
- *   in a registered window, verified since: its trailer is compared, it waits to be copied by
- * layer; in a registered window, not verified:   the CPU verifies it in place, it is copied whole;
- *   elsewhere:                              a direct read into a staging slot, verified there,
- *                                           copied whole; the slot is free when the copy has
- * landed.
+ *   in a registered window, verified since:  its trailer is compared, it waits to be copied by
+ *                                            layer;
+ *   in a registered window, not verified:    the CPU verifies it in place, it is copied whole;
+ *   elsewhere:                               a direct read into a staging slot, verified there,
+ *                                            copied whole; the slot is free when the copy has
+ *                                            landed.
  *
  * A page that is missing, cannot be read or is not what the job expects fails the job. Slots are
  * taken one by one and given back whatever becomes of a job, so that jobs larger than staging, and

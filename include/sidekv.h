@@ -9,6 +9,11 @@
  * SKV_EPROTO has lost the daemon too: its answer might come at any time. Nothing here aborts the
  * caller's process because of what the daemon or a peer did.
  *
+ * A function's comment names the statuses that its caller can act on. Any other one says that it
+ * cannot be done as things are, and that trying again alone does not help: a wrong argument
+ * (SKV_EINVAL), a forked child (SKV_EPERM), memory, files or a device that this process cannot
+ * have.
+ *
  * Threads: a handle is used by one thread at a time; a process may open several. After fork() a
  * child may only close. */
 #ifndef SIDEKV_H
@@ -127,10 +132,24 @@ struct skv_options {
 };
 
 /* Connects, maps the pool on the daemon's device and starts the watcher thread. The device is the
- * daemon's, found by its UUID. The soft limit of open files is raised where the
- * pool's fds need it. Follow with skv_close(). Returns 0; SKV_ELOST when nobody listens;
- * SKV_EGEOMETRY, SKV_EVERSION, SKV_EPERM, SKV_ETIMEDOUT, SKV_ENODEVICE, SKV_ENOMEM. The reason is
- * also logged in words. */
+ * daemon's, found by its UUID. The soft limit of open files is raised where the pool's fds need it.
+ * Follow with skv_close(). The reason of a failure is also logged in words. Returns 0, or what may
+ * pass, so that it is worth another try:
+ *
+ *   SKV_ELOST      nobody listens, or the daemon ended meanwhile
+ *   SKV_ETIMEDOUT  it did not answer in time
+ *   SKV_EAGAIN     it does not take sessions yet, or any more: another one comes
+ *   SKV_EFULL      no room for another session (till one ends), or for another model
+ *
+ * or what does not pass by itself:
+ *
+ *   SKV_EGEOMETRY  the daemon serves another geometry
+ *   SKV_EVERSION   it is of another release
+ *   SKV_EPERM      the socket, or the pool's memory, is not for this user
+ *   SKV_EPROTO     what listens there is no sidekvd, or the pool's fds did not get through
+ *   SKV_ENODEVICE  this process cannot see the daemon's device
+ *   others         as said at the top: SKV_EINVAL, SKV_ENOMEM, SKV_ENOSPC (the hard limit of open
+ *                  files), SKV_EIO, SKV_EDEVICE, SKV_ENOTSUP */
 int skv_open(const struct skv_options *options, struct skv **out);
 
 /* Ends the session; its leases end with it. NULL is fine. The caller's graphs must have completed,
@@ -146,8 +165,7 @@ void skv_close(struct skv *skv);
 /* After SKV_ELOST, and only once the caller's streams have drained: reconnects with backoff for up
  * to timeout_ms and maps the new pool at the old address, so that captured graphs stay good: ask
  * skv_pool_base() and skv_pool_append_base() whether it could. Every batch of the old session is
- * lost. Returns 0, SKV_ELOST (still nobody), or an error of skv_open().
- */
+ * lost. What may pass is tried again until then. Returns 0, or the last error of skv_open(). */
 int skv_reconnect(struct skv *skv, uint32_t timeout_ms);
 
 /* Has the connection been lost? Cheap: one atomic load. */
@@ -217,7 +235,8 @@ struct skv_batch {
  * Follow with skv_commit() or skv_release(), both only after the pass has completed; leases also
  * end with the session. `batch` is the caller's; the page lists in it point into the ring's arena
  * until then. Returns 0 (look at each grant's status), SKV_EBUSY (the row still belongs to an
- * earlier batch), SKV_EINVAL, SKV_ELOST, SKV_ETIMEDOUT. */
+ * earlier batch), SKV_EINVAL, SKV_ELOST, SKV_ETIMEDOUT, SKV_EPROTO; with anything but 0 no
+ * batch has begun. */
 int skv_acquire(struct skv *skv, uint32_t row, const struct skv_request *requests, uint32_t count,
                 struct skv_batch *batch);
 
@@ -230,20 +249,24 @@ struct skv_committed {
 
 /* Makes what the batch appended visible to every worker, ends its leases and frees its row. A grant
  * without append commits nothing and just ends. `results` is [batch->count] or NULL. Returns 0
- * (look at each result), SKV_ELOST, SKV_ETIMEDOUT. */
+ * (look at each result); SKV_ELOST, SKV_ETIMEDOUT, SKV_EPROTO (the daemon may have committed it or
+ * not); SKV_ESTALE (the batch has ended before, or is an earlier session's), SKV_EINVAL (it is no
+ * batch of this session): nothing was done. */
 int skv_commit(struct skv *skv, struct skv_batch *batch, struct skv_committed *results);
 
 /* Ends the batch's leases without committing. What was written past the valid tokens counts for
- * nothing. */
+ * nothing. Returns what skv_commit() does; whatever it is, there is nothing left to do for this
+ * batch. */
 int skv_release(struct skv *skv, struct skv_batch *batch);
 
 /* Was a page of a gated batch damaged or missing? Look after the pass, before answering: SKV_ELOAD
  * means release and acquire again (a shorter hit). SKV_ELOST: the gates were opened because the
- * daemon died; the pass is worth nothing. */
+ * daemon died; the pass is worth nothing. So it is with anything else but 0. */
 int skv_batch_status(const struct skv *skv, const struct skv_batch *batch);
 
 /* Starts bringing a user's stored pages to the pool, as an acquire would, without a lease. Returns
- * at once. */
+ * at once: 0, SKV_EBUSY (every row has a batch), SKV_EINVAL, or a lost session as of skv_acquire().
+ */
 int skv_prefetch(struct skv *skv, const struct skv_request *request);
 
 /* ---- looking and managing; `model` all zero: the session's own, or for an admin all models ----
@@ -281,7 +304,8 @@ int skv_restart(struct skv *skv);
  * or an error. Users that come or go meanwhile may be missed or seen. */
 int skv_list(struct skv *skv, uint64_t *cursor, struct skv_user_info *infos, uint32_t capacity);
 
-/* Name, unit-bearing text. Counters since the daemon's start unless said otherwise. */
+/* Name, unit-bearing text. Counters since the daemon's start unless said otherwise. New ones are
+ * added at the end: daemon and worker may be of builds that know different numbers of them. */
 #define SKV_STATS_MAP(X)                                                                           \
     X(uptime_ms, "milliseconds since the daemon started")                                          \
     X(epoll, "1 when the daemon serves by epoll, for want of io_uring")                            \
@@ -343,6 +367,7 @@ struct skv_stats {
 #undef X
 };
 
+/* What the daemon does not count is 0. */
 int skv_stats(struct skv *skv, struct skv_stats *stats);
 
 /* What the daemon told us of itself at connect. */

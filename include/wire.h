@@ -2,14 +2,16 @@
  * Not installed.
  *
  * Handshake, on a UNIX SOCK_SEQPACKET socket:
- *   client -> daemon   struct wire_hello, with fds: worker {pidfd, gate memfd}, admin {pidfd}. The
- * gate memfd is sealed F_SEAL_SHRINK | F_SEAL_GROW and exactly rows * gate_stride bytes, rounded up
- * to 4096. daemon -> client   struct wire_welcome; status 0: with fds {session memfd, SQ eventfd,
- * CQ eventfd, descriptor table (read-only)} (admin: {session memfd, SQ eventfd, CQ eventfd}); else
- * the reason in words, and the daemon closes. daemon -> client   worker and fd export only: struct
- * wire_extents, as many as it takes, with up to WIRE_FDS_PER_MESSAGE fds. After that the socket
- * means "alive". The daemon sends at most one more message, struct wire_goodbye, when it ends the
- * session.
+ *   client -> daemon   struct wire_hello, with fds {pidfd, gate memfd}, an admin's {pidfd}. The
+ *                      gate memfd is sealed F_SEAL_SHRINK | F_SEAL_GROW and exactly
+ *                      rows * gate_stride bytes, rounded up to 4096.
+ *   daemon -> client   struct wire_welcome. Status 0: with fds {session memfd, SQ eventfd,
+ *                      CQ eventfd, descriptor table (read-only)}, an admin's without the table;
+ *                      else the reason in words, and the daemon closes.
+ *   daemon -> client   worker and fd export only: struct wire_extents, as many as it takes, with
+ *                      up to WIRE_FDS_PER_MESSAGE fds each.
+ * After that the socket means "alive". The daemon sends at most one more message, struct
+ * wire_goodbye, when it ends the session.
  *
  * Session memory (one memfd, made and sealed by the daemon): struct wire_ring at 0, struct
  * wire_views, then SQ entries, CQ entries, scratch, and one arena slot a gate row. All offsets are
@@ -158,7 +160,7 @@ enum wire_opcode {
      * scratch; completion's count says how many, value[0] is the next cursor, 0 at the end. A
      * worker sees its model, an admin all. */
     WIRE_LIST,
-    /* Anyone. Fills struct skv_stats in scratch. */
+    /* Anyone. Fills struct skv_stats in scratch; completion's count says how many u64 it has. */
     WIRE_STATS,
     /* Admin. Completes when accepted; the daemon then ends, and its keeper starts the binary anew.
      * SKV_ENOTSUP: no keeper. */

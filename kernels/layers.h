@@ -1,8 +1,9 @@
 /* The mathematics of an HSTU block, as plain functions: the contract that every kernel is held to.
  * Internal to the project.
  *
- *   reference.c   fp32 (accumulated in fp64 where it costs nothing) or rounded to bf16 where
- * hstu.md says; slow and obvious host_*.c      the fast host version that the host runner uses
+ *   reference.c   fp32 (accumulated in fp64 where it costs nothing) or rounded to bf16 at the
+ *                 points below; slow and obvious
+ *   host_*.c      the fast host version that the host runner uses
  *   *.cu          CUDA: see cuda_pass.h
  *
  * Rounding points (of `rounded`): LN out to bf16; GEMM fp32 + bias -> bf16 -> SiLU fp32 -> bf16;

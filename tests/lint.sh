@@ -3,22 +3,22 @@
 set -u
 cd "$(dirname "$0")/.."
 bad=0
+found=$(mktemp)
+trap 'rm -f "$found"' EXIT
 sources=$(ls common/*.[ch] include/*.h kernels/*.[ch] storage/*.[ch] daemon/*.[ch] client/*.[ch] tests/*.[ch] bench/*.[ch] 2>/dev/null)
 
-clang-format --dry-run --Werror $sources 2>/tmp/sidekv-format.$$ || {
+clang-format --dry-run --Werror $sources 2>"$found" || {
     bad=1
     echo "clang-format: run clang-format -i on:"
-    sed -n 's/^\([^:]*\):.*/  \1/p' /tmp/sidekv-format.$$ | sort -u
+    sed -n 's/^\([^:]*\):.*/  \1/p' "$found" | sort -u
 }
-rm -f /tmp/sidekv-format.$$
 
 cppcheck --quiet --std=c11 --language=c --inline-suppr --error-exitcode=1 --enable=warning \
     --suppress=missingIncludeSystem --suppress=unknownMacro --suppress=normalCheckLevelMaxBranches \
-    -j2 -Iinclude -Icommon -Ikernels -Istorage -Idaemon -Iclient common daemon client storage kernels/*.c >/tmp/sidekv-cpp.$$ 2>&1 || {
+    -j2 -Iinclude -Icommon -Ikernels -Istorage -Idaemon -Iclient common daemon client storage kernels/*.c >"$found" 2>&1 || {
     bad=1
-    cat /tmp/sidekv-cpp.$$
+    cat "$found"
 }
-rm -f /tmp/sidekv-cpp.$$
 
 # The analyzer follows a third of the paths that it would: its default of 225,000 nodes a function doubles the linters' time.
 printf '%s\n' daemon/*.c client/skv_*.c | xargs -P2 -n4 clang-tidy --quiet \
@@ -26,11 +26,10 @@ printf '%s\n' daemon/*.c client/skv_*.c | xargs -P2 -n4 clang-tidy --quiet \
     --warnings-as-errors='*' \
     --extra-arg=-std=c17 --extra-arg=-D_GNU_SOURCE --extra-arg=-Iinclude --extra-arg=-Icommon --extra-arg=-Ikernels \
     --extra-arg=-Istorage --extra-arg=-Idaemon --extra-arg=-Iclient \
-    --extra-arg=-Xclang --extra-arg=-analyzer-config --extra-arg=-Xclang --extra-arg=max-nodes=75000 >/tmp/sidekv-tidy.$$ 2>/dev/null || {
+    --extra-arg=-Xclang --extra-arg=-analyzer-config --extra-arg=-Xclang --extra-arg=max-nodes=75000 >"$found" 2>/dev/null || {
     bad=1
-    grep -E 'error|warning' /tmp/sidekv-tidy.$$ | sort -u | head -40
+    grep -E 'error|warning' "$found" | sort -u | head -40
 }
-rm -f /tmp/sidekv-tidy.$$
 
 # Who may include whom, beyond what the -I lists already forbid.
 if grep -ln '#include <lmdb.h>' common/* kernels/* daemon/* client/* 2>/dev/null; then

@@ -61,6 +61,18 @@ ok "stats knows the users" [ "$(value users_known)" = 3 ]
 cli stats --json
 ok "stats in JSON" is 0 '"users_known": *3'
 
+# cut_short ARGUMENT...: what it prints cannot be written
+cut_short() {
+    "$sidekv" --socket "$work/s" "$@" >/dev/full 2>"$work/err"
+    status=$?
+    : >"$work/out"
+}
+for line in "ping -c 1" stats "stats --json" users "users --json" "user 1" flush --version --help help "help truncate" "help replay" \
+    "replay --generate --users 2 --events-total 32 --device host --json"; do
+    cut_short $line
+    ok "sidekv $line: output that is lost is a failure" is 1 "output is not complete"
+done
+
 stop TERM
 ok "the daemon ends well" [ $status = 0 ]
 start sidekvd

@@ -390,15 +390,40 @@ static void serve_admin(struct fake *f)
     struct skv_user_info *infos = (struct skv_user_info *)(f->memory + WIRE_SCRATCH_OFFSET);
     infos[1].committed = 31;
     fake_complete(f, (struct wire_cqe){.user_data = sqe.user_data, .count = 2, .value = {18}});
-    sqe = fake_take(f, WIRE_STATS);
-    ((struct skv_stats *)(f->memory + WIRE_SCRATCH_OFFSET))->mps = 1;
-    fake_answer(f, &sqe, 0);
+    sqe = fake_take(f, WIRE_STATS); /* all counters, and some that the client does not know */
+    memset(f->memory + WIRE_SCRATCH_OFFSET, 0xff, WIRE_SCRATCH_BYTES);
+    fake_complete(f, (struct wire_cqe){.user_data = sqe.user_data,
+                                       .count = sizeof(struct skv_stats) / sizeof(uint64_t) + 3});
+    sqe = fake_take(f, WIRE_STATS); /* an older daemon */
+    fake_complete(f, (struct wire_cqe){.user_data = sqe.user_data, .count = 2});
     sqe = fake_take(f, WIRE_PREFETCH);
     FAKE_CHECK(sqe.row == 0 && sqe.count == 1 && fake_slot(f, 0)->requests[0].history == 40);
     fake_answer(f, &sqe, 0);
     sqe = fake_take(f, WIRE_LIST);
     fake_complete(f, (struct wire_cqe){.user_data = sqe.user_data, .count = 11});
     fake_await_hang_up(f);
+}
+
+static void serve_counters(struct fake *f)
+{
+    fake_handshake(f);
+    struct wire_sqe sqe = fake_take(f, WIRE_STATS);
+    fake_complete(
+        f, (struct wire_cqe){.user_data = sqe.user_data, .count = *(const uint32_t *)f->argument});
+    fake_await_hang_up(f);
+}
+
+Test(client, no_counters_or_more_than_there_is_room_for_end_the_session)
+{
+    static const uint32_t counts[] = {0, WIRE_SCRATCH_BYTES / 8 + 1, UINT32_MAX};
+    for (int i = 0; i < 3; i++) {
+        fake.argument = &counts[i];
+        open_with(serve_counters, FAKE_PATIENCE_MS, 0);
+        struct skv_stats stats;
+        cr_expect_eq(skv_stats(skv, &stats), SKV_EPROTO, "%u", counts[i]);
+        cr_expect(skv_lost(skv), "%u", counts[i]);
+        close_and_end();
+    }
 }
 
 Test(client, answers_are_unpacked)
@@ -418,7 +443,9 @@ Test(client, answers_are_unpacked)
     cr_expect(cursor == 18 && infos[1].committed == 31);
     struct skv_stats stats;
     cr_expect_eq(skv_stats(skv, &stats), 0);
-    cr_expect_eq(stats.mps, 1);
+    cr_expect_eq(stats.standby, UINT64_MAX);
+    cr_expect_eq(skv_stats(skv, &stats), 0);
+    cr_expect(stats.epoll == UINT64_MAX && stats.pool_pages == 0 && stats.standby == 0);
     cr_expect_eq(skv_prefetch(skv, &requests[0]), 0);
     cr_expect_eq(skv_list(skv, &cursor, infos, 10), SKV_EPROTO);
     cr_expect(skv_lost(skv));

@@ -2,9 +2,11 @@
  * under one fingerprint. */
 #include "host_rig.h"
 
+#include <getopt.h>
 #include <math.h>
 
 #include "hash.h"
+#include "options.h"
 
 Test(model, the_named_models_pass_their_own_check)
 {
@@ -19,6 +21,21 @@ Test(model, the_named_models_pass_their_own_check)
     cr_assert_eq(skv_page_bytes(&m.geometry), 1 << 20, "bench: 1 MiB a page");
     cr_assert_eq(hstu_model_named("huge", &m), SKV_ENOENT);
     cr_assert_eq(hstu_model_history("huge"), 0);
+}
+
+Test(model, the_daemon_means_the_same_geometry_by_a_name)
+{
+    static char *const names[] = {"tiny", "kuairand", "bench", "huge"};
+    for (int i = 0; i < 4; i++) {
+        struct hstu_model m;
+        struct options options;
+        bool known = hstu_model_named(names[i], &m) == 0;
+        optind = 0; /* a new vector: start anew */
+        int parsed = options_parse(3, (char *[]){"sidekvd", "--model", names[i], NULL}, &options);
+        cr_assert_eq(parsed, known ? -1 : 2, "%s", names[i]);
+        cr_assert(!known || memcmp(&options.geometry, &m.geometry, sizeof m.geometry) == 0, "%s",
+                  names[i]);
+    }
 }
 
 Test(model, a_field_out_of_range_is_refused)
