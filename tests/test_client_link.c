@@ -346,11 +346,8 @@ static void full_doorbell(struct fake *f)
 
 Test(client_link, a_full_doorbell_holds_no_call_up)
 {
-    struct skv_options options = fake_options(&fake);
-    options.timeout_ms = 200;
     struct skv *skv = NULL;
-    fake_start(&fake, full_doorbell);
-    cr_assert_eq(skv_open(&options, &skv), 0);
+    cr_assert_neq(fake_open_impatient(&fake, full_doorbell, &skv), 0);
     cr_expect_eq(skv_ping(skv, NULL), SKV_ETIMEDOUT);
     skv_close(skv);
     cr_assert_eq(fake_end(&fake), 0);

@@ -31,25 +31,6 @@ static void open_with(void (*script)(struct fake *))
     cr_assert_eq(skv_open(&options, &skv), 0);
 }
 
-/* One that is impatient: as much as can be on this machine, where a handshake must be in time too.
- * Returns its timeout, which the script has as its argument. */
-static uint32_t open_impatient(void (*script)(struct fake *))
-{
-    static uint32_t timeout_ms;
-    struct skv_options options = fake_options(&fake);
-    fake.argument = &timeout_ms;
-    for (timeout_ms = 200;; timeout_ms *= 2) {
-        options.timeout_ms = timeout_ms;
-        fake_start(&fake, script);
-        int status = skv_open(&options, &skv);
-        if (status == 0)
-            return timeout_ms;
-        cr_assert_eq(status, SKV_ETIMEDOUT);
-        kill(fake.pid, SIGKILL);
-        fake_end(&fake);
-    }
-}
-
 static void close_and_end(void)
 {
     skv_close(skv);
@@ -95,7 +76,8 @@ static void serve_silence(struct fake *f)
 
 Test(client_lost, a_call_without_an_answer_times_out_and_costs_the_session)
 {
-    uint64_t timeout_ms = open_impatient(serve_silence), start = skv_now_ns();
+    uint64_t timeout_ms = fake_open_impatient(&fake, serve_silence, &skv), start = skv_now_ns();
+    cr_assert_neq(timeout_ms, 0);
     cr_assert_eq(skv_ping(skv, NULL), SKV_ETIMEDOUT);
     cr_expect_geq(skv_now_ns() - start, timeout_ms * 1000000);
     cr_expect(skv_lost(skv));
@@ -161,7 +143,9 @@ static void serve_flush_then_leave(struct fake *f)
 
 Test(client_lost, a_sleeping_caller_wakes_when_the_daemon_leaves)
 {
-    uint64_t timeout_ms = open_impatient(serve_flush_then_leave), start = skv_now_ns();
+    uint64_t timeout_ms = fake_open_impatient(&fake, serve_flush_then_leave, &skv);
+    uint64_t start = skv_now_ns();
+    cr_assert_neq(timeout_ms, 0);
     cr_assert_eq(skv_flush(skv), SKV_ELOST);
     cr_expect_gt(skv_now_ns() - start, timeout_ms * 1000000);
     close_and_end();

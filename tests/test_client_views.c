@@ -217,7 +217,9 @@ Test(views, a_pool_of_other_extents_is_mapped_anew)
     append_to_300();
     fake.extents = EXTENTS / 2;
     fake_start(&fake, lend_300);
-    cr_assert_eq(skv_reconnect(skv, 4000), 0);
+    while (!skv_lost(skv))
+        poll(NULL, 0, 1);
+    cr_assert_eq(skv_reconnect(skv, FAKE_PATIENCE_MS), 0);
     append_to_300();
 }
 
