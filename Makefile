@@ -7,7 +7,7 @@
 #   kernels/device*.c        libskv-device     device.h and its backends: all that daemon and libsidekv link of kernels/
 #   kernels/*.c, *.cu        libhstu-layers    reference, fast host version, CUDA
 #   storage/*.c              libskv-storage
-#   daemon/*.c               libskv-daemon     all but main.c, on top: bin/sidekvd; and keeper*.c: bin/sidekv-keeper
+#   daemon/*.c               libskv-daemon     all but main.c and keeper.c; on top: bin/sidekvd, bin/sidekv-keeper
 #   client/skv_*.c           libsidekv         client/runner*.c: libsidekv-hstu
 #   client/cli_*.c           libskv-cli        all but cli_main.c; bin/sidekv is cli_main.c on top
 #   tests/test_*.c           a Criterion program each; tests/stress_*.c, prove_*.c: plain programs; tests/proc_*.sh: process tests;
@@ -83,8 +83,7 @@ SRC_device  := $(filter-out $(if $(CUDA),$(ABSENT),$(filter-out $(ABSENT),$(wild
 SRC_layers  := $(filter-out kernels/device% $(if $(CUDA),$(ABSENT),$(wildcard kernels/cuda_*.c)),$(wildcard kernels/*.c))
 CU_layers   := $(if $(CUDA),$(wildcard kernels/*.cu),)
 SRC_storage := $(wildcard storage/*.c)
-SRC_keeper  := $(wildcard daemon/keeper*.c)
-SRC_daemon  := $(filter-out daemon/main.c $(SRC_keeper),$(wildcard daemon/*.c))
+SRC_daemon  := $(filter-out daemon/main.c daemon/keeper.c,$(wildcard daemon/*.c))
 SRC_sidekv  := $(wildcard client/skv_*.c)
 SRC_runner  := $(wildcard client/runner*.c)
 SRC_cli     := $(filter-out client/cli_main.c,$(wildcard client/cli_*.c))
@@ -157,7 +156,7 @@ $(B)/bin/sidekvd $(B)/tests/bin/sidekvd: $(O)/daemon/main.c.o $(A_daemon) $(A_de
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -luring -llmdb $(LIBS_COMMON)
-$(B)/bin/sidekv-keeper $(B)/tests/bin/sidekv-keeper: $(call obj,$(SRC_keeper)) $(A_common)
+$(B)/bin/sidekv-keeper $(B)/tests/bin/sidekv-keeper: $(O)/daemon/keeper.c.o $(A_daemon) $(A_common)
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS_COMMON)
@@ -209,6 +208,8 @@ $(FUZZERS): $(B)/tests/%: $(O)/tests/%.c.o $(call obj,client/cli_log.c) $(CORE_A
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ -luring -llmdb $(LIBS_COMMON)
 $(B)/tests/fuzz_entries: LDFLAGS += -Wl,--wrap=calloc
+$(B)/tests/fuzz_answers: LDFLAGS += -Wl,--wrap=skv_log,--wrap=poll,--wrap=clock_gettime,--wrap=mmap,--wrap=munmap
+$(B)/tests/fuzz_keeper: LDFLAGS += -Wl,--wrap=skv_log,--wrap=poll,--wrap=skv_notify_open,--wrap=skv_notify_store,--wrap=skv_notify_drop
 
 .PHONY: binaries programs
 binaries: deps $(BINS) ## build the daemon and the CLI only

@@ -60,6 +60,11 @@ wanted handshake && run 7 handshake "handshakes: messages, descriptors, hang-ups
     "receive all_zero check_hello check_process map_gates release_drained let_in on_hello refuse on_hangup"
 wanted entries && run 7 entries "ring entries and arenas, while a second thread changes them" daemon/commands.c \
     "skv_peer_serve check_entry copy_requests acquire_now do_acquire do_end name next_named do_lookup truncate_one do_truncate try_evict do_evict do_flush do_list do_nop records_found"
+wanted answers && run 7 answers "the library: a daemon's welcome, fds, completions, grants, views, goodbye" \
+    "client/skv_link.c client/skv_session.c client/skv_ring.c client/skv_batch.c client/skv_views.c client/skv_admin.c client/skv_watch.c" \
+    "receive_welcome receive_extents check_welcome check_pool check_memory plain_text all_zero skv_link_open describe_server take skv_call skv_call_again read_grant read_grants tail_equal acquire_once acquire_all skv_views_grant skv_views_look skv_commit skv_lookup skv_list skv_stats read_goodbye"
+wanted keeper && run 3 keeper "keeper and daemon: each other's messages, the manager's copies" "daemon/keeper_held.c daemon/kept.c common/notify.c" \
+    "skv_held_open skv_held_listen skv_held_give take_back numbered end_daemon hold drop_worker skv_notify_stored skv_kept_take receive take map_sessions check_left on_keeper"
 wanted records && run 5 records "store: records, pages, sidekv.store" "storage/store_read.c storage/state.c" \
     "skv_record_parse skv_store_scan skv_reader_record skv_reader_locate skv_page_verify slot_version parse_slot looks_ours read_slots"
 wanted csv && run 6 csv "CSV logs" client/cli_log.c \
