@@ -2,7 +2,7 @@
  * skv_reconnect() exchanges in between.
  *
  *   open:       options, gate rows -> attach
- *   attach:     handshake -> map session memory and table -> device -> pool -> watcher
+ *   attach:     handshake -> map session memory -> device -> pool -> watcher
  *   detach:     watcher joined -> views unmapped -> unmap -> pool unmapped, its address range kept
  *               -> fds closed; a pool that a keeper holds stays mapped: the next daemon has it too
  *   reconnect:  detach, then attach until it works or the time is over
@@ -135,18 +135,13 @@ static int map_memory(struct skv *skv)
     const struct wire_welcome *w = &skv->link.welcome;
     void *memory =
         mmap(NULL, w->session_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, skv->link.memory, 0);
-    if (memory == MAP_FAILED)
-        goto fail;
+    if (memory == MAP_FAILED) {
+        snprintf(skv->link.reason, sizeof skv->link.reason, "mmap of the session's memory: %s",
+                 strerror(errno));
+        return SKV_ENOMEM;
+    }
     skv->memory = memory;
     skv->memory_bytes = w->session_bytes;
-    if (skv->link.table >= 0) {
-        skv->table_bytes =
-            sizeof(struct wire_table) + w->descriptors * sizeof(struct wire_page_entry);
-        void *table = mmap(NULL, skv->table_bytes, PROT_READ, MAP_SHARED, skv->link.table, 0);
-        if (table == MAP_FAILED)
-            goto fail;
-        skv->table = table;
-    }
     struct wire_ring *ring = memory;
     skv->sq = (struct ring_side){.mine = &ring->sq_tail,
                                  .theirs = &ring->sq_head,
@@ -157,10 +152,6 @@ static int map_memory(struct skv *skv)
                                  .flags = &ring->cq_flags,
                                  .entries = WIRE_CQ_ENTRIES};
     return SKV_OK;
-fail:
-    snprintf(skv->link.reason, sizeof skv->link.reason, "mmap of the session's memory: %s",
-             strerror(errno));
-    return SKV_ENOMEM;
 }
 
 /* The daemon's device, once: gate addresses and captured graphs belong to it. */
@@ -283,9 +274,6 @@ static void detach(struct skv *skv)
         skv_views_drop(skv); /* before the daemon hears that nothing of us runs */
     if (!skv->pool_id)
         unmap_pool(skv);
-    if (skv->table)
-        munmap((void *)(uintptr_t)skv->table, skv->table_bytes);
-    skv->table = NULL;
     if (skv->memory)
         munmap(skv->memory, skv->memory_bytes);
     skv->memory = NULL;
@@ -361,8 +349,6 @@ int skv_open(const struct skv_options *options, struct skv **out)
 static void close_in_child(struct skv *skv)
 {
     skv_link_close(&skv->link);
-    if (skv->table)
-        munmap((void *)(uintptr_t)skv->table, skv->table_bytes);
     if (skv->memory)
         munmap(skv->memory, skv->memory_bytes);
 }

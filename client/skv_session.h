@@ -44,7 +44,7 @@ struct skv_link {
     int socket;
     int memory;             /* session memfd */
     int sq_event, cq_event; /* doorbells: to the daemon, from the daemon */
-    int table;              /* descriptor table; -1 for an admin */
+    int table;              /* descriptor table, which nothing here reads; -1 for an admin */
     int *extents;           /* [extent_count] the pool's fds; NULL with IPC or for an admin */
     uint32_t extent_count;
     struct wire_welcome welcome; /* checked */
@@ -89,8 +89,6 @@ struct skv {
     struct skv_link link;
     uint8_t *memory; /* the session memfd: ring, entries, scratch, slots */
     uint64_t memory_bytes;
-    const struct wire_table *table;
-    uint64_t table_bytes;
     struct skv_pool *pool; /* outlives connections, unmapped in between */
     bool pool_mapped;
     uint64_t pool_id;                       /* of the pool mapped; 0: it ended with its daemon */

@@ -281,8 +281,8 @@ static inline uint64_t wire_gate_bytes(uint32_t layers, uint32_t rows)
     return ((uint64_t)rows * wire_gate_stride(layers) + 4095) / 4096 * 4096;
 }
 
-/* ---- the descriptor table: who owns which page; written by the daemon alone, read by workers and
- * the CLI ---- */
+/* ---- the descriptor table: who owns which page; written by the daemon alone, read by the next one
+ * after a hot restart. Workers get it to look at, read-only; libsidekv does not map it ---- */
 
 enum wire_page_flags {
     WIRE_PAGE_USED = 1u << 0,
