@@ -8,7 +8,7 @@
  *                      a failed first start (it never served): the keeper ends with its status
  *                      anything else: started anew, at once, with growing pauses when it does not
  *                      live for a second
- * The next one is started while another serves, where that wants it (KEEPER_STANDBY), else when
+ * The next one is started while another serves, where that wants it (KEEPER_SERVES), else when
  * that is being killed, which it says before it is gone (KEEPER_LIFE). It opens its device, and
  * waits: it gets nothing until the one before has been reaped. One that dies waiting is replaced,
  * at growing pauses. It is called off, and another started, at a planned restart, where nothing is
@@ -74,6 +74,7 @@ static char **command;   /* sidekvd's */
 static sigset_t signals; /* that signal_fd tells */
 static int signal_fd;
 static bool stopping; /* SIGTERM or SIGINT came */
+static bool served;   /* a daemon has: whatever the next one ends with, it is started anew */
 static bool hurry;    /* for tests: no pauses */
 
 /* ---- starting it ---- */
@@ -196,9 +197,10 @@ static void want_next(uint32_t in_ms)
 /* What has come of the one that serves. */
 static void listen_to(struct child *daemon)
 {
-    bool standby = false;
-    daemon->listening = skv_held_listen(&held, daemon->socket, &standby);
-    if (standby)
+    struct heard heard = {0};
+    daemon->listening = skv_held_listen(&held, daemon->socket, &heard);
+    served = served || heard.serves;
+    if (heard.standby)
         want_next(hurry ? 0 : STANDBY_MS);
 }
 
@@ -351,7 +353,7 @@ static int watch(struct child *daemon)
 }
 
 /* Does the keeper end too? *code: with which status. */
-static bool is_over(int status, bool served, int *code)
+static bool is_over(int status, int *code)
 {
     *code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     if (stopping || *code == 0)
@@ -375,8 +377,8 @@ static void rest(uint32_t ms)
 }
 
 /* Where none can be started now, for want of memory say, what is held is worth waiting with.
- * `served`: a daemon has before. false: the keeper ends. */
-static bool start_next(struct child *daemon, bool anew, bool served)
+ * false: the keeper ends. */
+static bool start_next(struct child *daemon, bool anew)
 {
     for (uint32_t ms = PAUSE_MS; !succeed(daemon, anew); ms = longer(ms)) {
         if (stopping || !(served || held.whole))
@@ -389,15 +391,14 @@ static bool start_next(struct child *daemon, bool anew, bool served)
 static int keep(void)
 {
     uint32_t short_lives = 0, pause_ms = 0;
-    bool served = false, planned = false;
+    bool planned = false;
     struct child daemon;
     int code = 1;
-    while (start_next(&daemon, planned, served)) {
+    while (start_next(&daemon, planned)) {
         int status = watch(&daemon);
         skv_held_daemon(&held, 0);
         skv_failpoint(FAIL_keeper_reaped);
-        served = served || held.whole;
-        if (is_over(status, served, &code))
+        if (is_over(status, &code))
             break;
         planned = code == KEEPER_RESTART;
         if (planned) {

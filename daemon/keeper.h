@@ -29,8 +29,9 @@ enum keeper_kind {
     KEEPER_END,     /* keeper: that was all; id: KEEPER_SUCCEEDED, or 0 */
     KEEPER_LIFE,    /* daemon: a pipe's end that hangs up as soon as it is being killed */
     KEEPER_WAITS,   /* daemon that was given nothing yet: its device is open */
-    KEEPER_STANDBY, /* daemon that serves: the next one may be started, and wait. keeper, to that
-                       daemon: does one wait, its device open? id: 0 or 1 */
+    KEEPER_STANDBY, /* keeper, to the daemon that serves: does another one wait, its device open?
+                       id: 0 or 1 */
+    KEEPER_SERVES,  /* daemon: it listens. id: 1: the next one may be started, and wait; or 0 */
 };
 
 /* Another keeper follows this one when it dies, with all that it held (systemd's fd store): the

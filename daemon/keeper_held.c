@@ -274,9 +274,9 @@ static bool hold(struct held *held, const struct keeper_message *m, const int *f
     return true;
 }
 
-bool skv_held_listen(struct held *held, int socket, bool *standby)
+bool skv_held_listen(struct held *held, int socket, struct heard *heard)
 {
-    for (uint32_t heard = 0; heard < HELD_TURN; heard++) {
+    for (uint32_t turn = 0; turn < HELD_TURN; turn++) {
         struct keeper_message m;
         int fds[SKV_FDS_PER_MESSAGE];
         uint32_t count;
@@ -288,7 +288,8 @@ bool skv_held_listen(struct held *held, int socket, bool *standby)
         if (got == 0 || (got < 0 && errno != EPROTO))
             return false;
         if (got == sizeof m && m.magic == KEEPER_MAGIC && hold(held, &m, fds, count)) {
-            *standby = *standby || m.kind == KEEPER_STANDBY;
+            heard->serves = heard->serves || m.kind == KEEPER_SERVES;
+            heard->standby = heard->standby || (m.kind == KEEPER_SERVES && m.id);
             continue;
         }
         while (count)

@@ -13,6 +13,12 @@
 #define KEEPER_GIVE_S 10  /* whoever does not take its fds, or does not die, is given up */
 #define HELD_TURN     64u /* messages that are heard before anything else is looked at */
 
+/* What a daemon has said of itself. */
+struct heard {
+    bool serves;
+    bool standby; /* and wants the next one started, to wait */
+};
+
 struct held {
     int pool[KEEPER_FDS];
     uint32_t extents;
@@ -31,9 +37,9 @@ struct held {
 /* Once, at the start: finds the manager and takes back the copies that an earlier keeper left,
  * after it has ended what is left of that one's daemon. */
 void skv_held_open(struct held *held);
-/* Takes what the daemon at `socket` has said, HELD_TURN messages at most; *standby becomes true
- * where it wants the next one started. false: its end is closed, and all has been heard. */
-bool skv_held_listen(struct held *held, int socket, bool *standby);
+/* Takes what the daemon at `socket` has said, HELD_TURN messages at most, and adds to *heard.
+ * false: its end is closed, and all has been heard. */
+bool skv_held_listen(struct held *held, int socket, struct heard *heard);
 /* Gives a new daemon what is held, or nothing where that is not whole; it keeps being held. The
  * daemon before it is gone. 0; -1 with errno: it did not take all of it in time, and hears the end.
  */

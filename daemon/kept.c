@@ -485,13 +485,9 @@ static void on_death(void *context, int32_t result)
 void skv_kept_watch(struct daemon *daemon)
 {
     struct kept *kept = &daemon->kept;
-    enum standby standby = daemon->options.standby;
-    bool slow = skv_device_info(daemon->device)->kind == SKV_DEVICE_CUDA; /* to open */
     if (kept->life >= 0)
         say(kept, KEEPER_LIFE, 0, 0, &kept->life, 1, 0);
     close_fd(&kept->life);
-    if (kept->holds && (standby == STANDBY_ON || (standby == STANDBY_AUTO && slow)))
-        say(kept, KEEPER_STANDBY, 0, 0, NULL, 0, 0);
     kept->watch = (struct watch){.done = on_keeper, .context = daemon};
     if (kept->socket >= 0)
         await_keeper(daemon);
@@ -499,6 +495,15 @@ void skv_kept_watch(struct daemon *daemon)
         kept->workers[i].death = (struct watch){.done = on_death, .context = &kept->workers[i]};
         loop_poll(daemon->loop, &kept->workers[i].death, kept->workers[i].pidfd, POLLIN);
     }
+}
+
+void skv_kept_serves(struct daemon *daemon)
+{
+    struct kept *kept = &daemon->kept;
+    const enum standby standby = daemon->options.standby;
+    const bool slow = skv_device_info(daemon->device)->kind == SKV_DEVICE_CUDA; /* to open */
+    const bool next = kept->holds && (standby == STANDBY_ON || (standby == STANDBY_AUTO && slow));
+    say(kept, KEEPER_SERVES, next, 0, NULL, 0, 0);
 }
 
 void skv_kept_close(struct daemon *daemon)

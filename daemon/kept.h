@@ -49,8 +49,10 @@ int skv_kept_take(struct daemon *daemon);
 int skv_kept_take_pool(struct daemon *daemon);
 /* The pool and the table (writable `table_fd`) are made: hands them to the keeper. */
 void skv_kept_hand_over(struct daemon *daemon, int table_fd);
-/* Everything is open: watches keeper and workers, and has the next daemon started (--standby). */
+/* Everything is open: watches keeper and workers. */
 void skv_kept_watch(struct daemon *daemon);
+/* It listens: the keeper is told, and starts the next daemon (--standby). */
+void skv_kept_serves(struct daemon *daemon);
 void skv_kept_close(struct daemon *daemon);
 
 /* The pool is not to be trusted: a new daemon shall start afresh. */

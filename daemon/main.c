@@ -463,6 +463,7 @@ int main(int argc, char **argv)
         close_all(&daemon);
         return result;
     }
+    skv_kept_serves(&daemon);
     skv_notify("READY=1");
     result = skv_serve(&daemon);
     if (daemon.broken)

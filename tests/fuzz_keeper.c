@@ -232,7 +232,7 @@ static void spoil(struct fuzz_input *in, void *bytes, size_t size, uint32_t chan
 
 static void hear(void)
 {
-    if (ends[0] >= 0 && !skv_held_listen(&held, ends[0], &standby)) {
+    if (ends[0] >= 0 && !skv_held_listen(&held, ends[0], &heard)) {
         close(ends[0]);
         ends[0] = -1;
     }
@@ -270,21 +270,21 @@ static void say(int socket, const void *message, size_t bytes, const int *fds, u
 static void message(struct fuzz_input *in, int socket)
 {
     static const uint8_t usual[] = {
-        [KEEPER_FRESH] = 0, [KEEPER_POOL] = 2,   [KEEPER_TABLE] = 1,  [KEEPER_SESSION_TABLE] = 1,
-        [KEEPER_WHOLE] = 0, [KEEPER_WORKER] = 1, [KEEPER_GONE] = 0,   [KEEPER_END] = 0,
-        [KEEPER_LIFE] = 1,  [KEEPER_WAITS] = 0,  [KEEPER_STANDBY] = 0};
+        [KEEPER_FRESH] = 0, [KEEPER_POOL] = 2,   [KEEPER_TABLE] = 1,   [KEEPER_SESSION_TABLE] = 1,
+        [KEEPER_WHOLE] = 0, [KEEPER_WORKER] = 1, [KEEPER_GONE] = 0,    [KEEPER_END] = 0,
+        [KEEPER_LIFE] = 1,  [KEEPER_WAITS] = 0,  [KEEPER_STANDBY] = 0, [KEEPER_SERVES] = 0};
     static const enum kind usually[] = {[KEEPER_TABLE] = TABLE,
                                         [KEEPER_SESSION_TABLE] = SESSIONS,
                                         [KEEPER_WORKER] = PROCESS,
                                         [KEEPER_LIFE] = BELL,
-                                        [KEEPER_STANDBY] = EXTENT};
+                                        [KEEPER_SERVES] = EXTENT};
     uint8_t bytes[256], what = fuzz_u8(in), how = fuzz_u8(in);
     int fds[SKV_FDS_PER_MESSAGE];
     struct keeper_message m = {
-        .magic = KEEPER_MAGIC, .kind = what % 13, .extent_bytes = EXTENT_BYTES};
+        .magic = KEEPER_MAGIC, .kind = what % 14, .extent_bytes = EXTENT_BYTES};
     size_t size = sizeof m;
-    uint32_t count = m.kind <= KEEPER_STANDBY ? usual[m.kind] : 0;
-    enum kind kind = m.kind <= KEEPER_STANDBY ? usually[m.kind] : EXTENT;
+    uint32_t count = m.kind <= KEEPER_SERVES ? usual[m.kind] : 0;
+    enum kind kind = m.kind <= KEEPER_SERVES ? usually[m.kind] : EXTENT;
     if (how & 1 || m.kind == KEEPER_WORKER || m.kind == KEEPER_GONE)
         m.id = fuzz_u8(in) % 8;
     if (how & 2)

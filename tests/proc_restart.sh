@@ -61,6 +61,22 @@ ok "nor is a first start without its store" [ "$status" = 1 ]
 timeout 120 "$bin/sidekv-keeper" --socket "$work/kept/data.mdb" --store none --pool-bytes 64M --device host >"$work/log" 2>&1
 status=$?
 ok "nor one where a file is in the socket's place" [ "$status" = 1 -a "$(grep -c 'not started' "$work/log")" = 1 ]
+# A daemon that serves, gives its pool up as not to be trusted, and fails; the next one ends in order. keeper.h has the messages.
+mkdir "$work/fake"
+cp "$bin/sidekv-keeper" "$work/fake"
+cat >"$work/fake/sidekvd" <<'END'
+#!/bin/bash
+say() { printf "SKvK\\x0$1%b" "$(printf '\\0%.0s' {1..27})" >&"$SIDEKV_KEEPER_FD"; }
+echo >>"$0.starts"
+[ "$(wc -l <"$0.starts")" = 2 ] && exit 0
+say c
+say 1
+exit 1
+END
+chmod +x "$work/fake/sidekvd"
+timeout 120 "$work/fake/sidekv-keeper" >"$work/log" 2>&1
+status=$?
+ok "one that has served is started anew, whatever it fails of" [ "$status $(wc -l <"$work/fake/sidekvd.starts")" = "0 2" ]
 start sidekvd
 "$bin/sidekvd" --socket "$work/second" --store "$work/kept" --pool-bytes 64M --device host --start-wait 700 >"$work/out" 2>&1
 status=$?

@@ -19,7 +19,7 @@
 
 static struct held held;
 static int keeper = -1, daemon_end = -1, any = -1; /* the socket's two ends; any fd */
-static bool standby;
+static struct heard heard;
 static uint32_t before; /* fds */
 
 static void set_up(void)
@@ -62,14 +62,14 @@ static void hand_over(void)
     say(daemon_end, KEEPER_SESSION_TABLE, 0, 1);
     say(daemon_end, KEEPER_WHOLE, 0, 0);
     say(daemon_end, KEEPER_WORKER, 7, 1);
-    cr_assert(skv_held_listen(&held, keeper, &standby));
+    cr_assert(skv_held_listen(&held, keeper, &heard));
     cr_assert(held.whole && held.extents == 2 && held.worker_count == 1);
     cr_assert_eq(fuzz_count_fds(), before + 5);
 }
 
 static void expect_dropped(const char *what)
 {
-    cr_expect(skv_held_listen(&held, keeper, &standby), "%s", what);
+    cr_expect(skv_held_listen(&held, keeper, &heard), "%s", what);
     cr_expect(!held.whole && !held.extents && !held.worker_count, "%s", what);
     cr_expect_eq(fuzz_count_fds(), before, "%s leaves descriptors", what);
 }
@@ -105,9 +105,9 @@ Test(keeper, what_makes_no_sense_drops_all_and_leaves_no_descriptor)
 Test(keeper, a_message_of_a_later_release_is_ignored_and_leaves_no_descriptor)
 {
     hand_over();
-    say(daemon_end, KEEPER_STANDBY + 1, 0, 3);
-    cr_expect(skv_held_listen(&held, keeper, &standby));
-    cr_expect(held.whole && !standby);
+    say(daemon_end, KEEPER_SERVES + 1, 0, 3);
+    cr_expect(skv_held_listen(&held, keeper, &heard));
+    cr_expect(held.whole && !heard.serves);
     cr_expect_eq(fuzz_count_fds(), before + 5);
 }
 
@@ -115,11 +115,11 @@ Test(keeper, a_worker_said_twice_is_held_once)
 {
     hand_over();
     say(daemon_end, KEEPER_WORKER, 7, 1);
-    cr_expect(skv_held_listen(&held, keeper, &standby));
+    cr_expect(skv_held_listen(&held, keeper, &heard));
     cr_expect_eq(held.worker_count, 1);
     cr_expect_eq(fuzz_count_fds(), before + 5);
     say(daemon_end, KEEPER_GONE, 7, 0);
-    cr_expect(skv_held_listen(&held, keeper, &standby));
+    cr_expect(skv_held_listen(&held, keeper, &heard));
     cr_expect_eq(held.worker_count, 0);
 }
 
@@ -128,9 +128,9 @@ Test(keeper, a_daemon_that_talks_without_end_leaves_time_for_others)
     struct pollfd more = {.fd = keeper, .events = POLLIN};
     for (uint32_t i = 0; i < HELD_TURN + 3; i++)
         say(daemon_end, KEEPER_GONE, 1, 0);
-    cr_expect(skv_held_listen(&held, keeper, &standby));
+    cr_expect(skv_held_listen(&held, keeper, &heard));
     cr_expect_eq(poll(&more, 1, 0), 1, "all was heard in one turn");
-    cr_expect(skv_held_listen(&held, keeper, &standby));
+    cr_expect(skv_held_listen(&held, keeper, &heard));
     cr_expect_eq(poll(&more, 1, 0), 0);
 }
 
@@ -141,7 +141,7 @@ Test(keeper, what_a_daemon_said_last_is_heard_though_it_left_a_message_unread)
     say(keeper, KEEPER_STANDBY, 1, 0);
     say(daemon_end, KEEPER_FRESH, 0, 0); /* its pool is not to be trusted */
     close(daemon_end);
-    cr_expect(!skv_held_listen(&held, keeper, &standby));
+    cr_expect(!skv_held_listen(&held, keeper, &heard));
     cr_expect(!held.whole && !held.extents);
     cr_expect_eq(fuzz_count_fds(), before - 1);
 }
@@ -164,7 +164,7 @@ Test(keeper, whoever_took_a_part_in_time_hears_the_end)
     hand_over();
     for (uint64_t id = 8; id < KEEPER_SESSIONS; id++) {
         say(daemon_end, KEEPER_WORKER, id, 1);
-        cr_assert(skv_held_listen(&held, keeper, &standby));
+        cr_assert(skv_held_listen(&held, keeper, &heard));
     }
     setsockopt(keeper, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){.tv_usec = 1000},
                sizeof(struct timeval));
