@@ -224,7 +224,7 @@ static bool may_append(struct skv_cache *cache, const struct residence *r, uint3
     return holder->state == SESSION_FENCED;
 }
 
-/* Would it be appended to the page of a stored tail, whose generation the store has not heard of?
+/* Would it be appended to the page of a stored tail, whose generation the store has not taken?
  * After a hot restart that tail would be taken for one of an earlier history. */
 static bool must_be_told(const struct skv_cache *cache, const struct record *record,
                          uint32_t cached)
@@ -241,7 +241,11 @@ static void append(struct skv_cache *cache, struct granting *g, uint32_t entry, 
     struct residence *r = residence_of(cache, owner);
     struct lease *lease = &g->batch->leases[entry];
     uint32_t size = cache->geometry.page_tokens, *own = g->batch->own + g->batch->owned;
-    if (must_be_told(cache, record, grant->cached) || !may_append(cache, r, g->slot))
+    if (must_be_told(cache, record, grant->cached)) {
+        skv_tell(cache, owner);
+        goto refused;
+    }
+    if (!may_append(cache, r, g->slot))
         goto refused;
     uint32_t partial = grant->cached % size;
     /* A fenced lease, or a worker of an earlier daemon, may write there still; and where another

@@ -94,7 +94,8 @@ static void stored(struct daemon *daemon, int32_t status)
 static void changed(struct daemon *daemon, struct skv_change *change, int32_t status)
 {
     bool removal = change->kind == SKV_CHANGE_RECORD && change->record.tokens == 0;
-    skv_cache_changed(daemon->cache, change);
+    if (!status)
+        skv_cache_changed(daemon->cache, change);
     skv_commands_changed(daemon, change->id, status);
     stored(daemon, status);
     if (status && !change->refused) {

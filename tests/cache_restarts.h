@@ -59,8 +59,10 @@ static inline void restore_stored(uint32_t u)
                                 .hash_tail = stored->hash_tail,
                                 .last_use_s = stored->last_use_s,
                                 .tokens = stored->tokens};
+    starve();
     if (stored->tokens)
         CHECK(skv_cache_restore(world.cache, &record, stored->hashes) == 0);
+    world.users[u].untold = starve_end() ? info_of(u).generation : 0;
 }
 
 /* A hot restart between its two halves: the cache is early, users are restored one by one. */

@@ -184,10 +184,10 @@ static inline bool is_of_now(const struct skv_change *change, uint32_t u)
 }
 
 /* Does the user's next token belong to the page of a stored tail, while a change of its generation
- * is on its way to the store, or the answer on its way back? */
+ * is on its way to the store, or the answer on its way back, or was not made? */
 static inline bool in_untold_tail(uint32_t u, uint32_t tokens)
 {
-    bool untold = false;
+    bool untold = world.users[u].untold && world.users[u].untold == info_of(u).generation;
     for (uint32_t i = 0; i < world.write_count; i++) {
         const struct sim_write *write = &world.writes[(world.write_first + i) % WORLD_QUEUE];
         untold = untold || (write->change && is_of_now(write->change, u));
