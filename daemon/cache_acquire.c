@@ -400,10 +400,13 @@ static void grant_one(struct skv_cache *cache, struct granting *g, uint32_t entr
     lease->residence = record->residence;
     lease->generation = record->generation;
     r->leases++;
-    /* A half-filled tail that the request could not prove by its own hash goes to the library. */
-    if (grant->cached % size && grant->cached == m.committed && request->history > m.committed) {
-        grant->tail_valid = grant->cached % size;
-        grant->tail_hash = r->hash[grant->cached / size];
+    /* A half-filled tail that the request could not prove by its own hash goes to the library; also
+     * one that is to be replaced by a fresh page: if it was edited, the user is to be cut first. */
+    if (m.committed % size && request->history > m.committed &&
+        (grant->cached == m.committed || lease->state == LEASE_APPEND)) {
+        uint32_t tail = m.committed / size;
+        grant->tail_valid = m.committed % size;
+        grant->tail_hash = r->pages > tail ? r->hash[tail] : record->hash_tail;
     }
     uint32_t *list = pages + g->page_offset;
     grant->page_offset = g->page_offset;

@@ -408,15 +408,16 @@ static inline void judge_grant(struct sim_session *session, struct sim_row *row,
     CHECK(!world.early || !(appends || grant->flags & (SKV_GRANT_STORE | SKV_GRANT_GATED)));
 
     /* A tail that only the worker can judge. */
-    bool tail = grant->cached % S && grant->cached == e->committed && h > grant->cached;
+    bool tail = e->committed % S && h > e->committed &&
+                (grant->cached == e->committed || (appends && !e->cut));
     CHECK(!tail == !grant->tail_valid);
     view->proven = true;
     if (tail) {
-        CHECK(grant->tail_valid == grant->cached % S);
+        CHECK(grant->tail_valid == e->committed % S);
         uint64_t hash[WORLD_PAGES];
         skv_chain_hashes(world.users[view->user].model, world.users[view->user].id, S, view->tokens,
-                         grant->cached, 0, hash);
-        view->proven = hash[grant->cached / S] == grant->tail_hash;
+                         e->committed, 0, hash);
+        view->proven = hash[e->committed / S] == grant->tail_hash;
         row->again = row->again || !view->proven;
     }
     if (!(grant->flags & SKV_GRANT_GATED))
@@ -466,8 +467,9 @@ static inline void acquire_end(uint32_t s, uint32_t r)
         if (!exact || (i && now.dropped_tokens > then.dropped_tokens)) {
             /* another entry changed what was to be had */
             uint32_t c = view->grant.cached;
+            uint32_t valid = view->grant.tail_valid;
             e[i] = (struct expected){
-                .cached = c, .committed = view->grant.tail_valid ? c : UINT32_MAX, .end = true};
+                .cached = c, .committed = valid ? c - c % S + valid : UINT32_MAX, .end = true};
         }
         if (!exact || (i && now.evicted_users > then.evicted_users))
             before[i].resident = 0; /* nothing is known to be certain */
