@@ -199,8 +199,9 @@ $(filter $(B)/tests/stress_%,$(TESTS)) $(PROVERS): $(B)/tests/%: $(O)/tests/%.c.
 	@mkdir -p $(@D)
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
-# These die where a prover tells them to: common/failpoint.h.
+$(patsubst %,$(B)/tests/%,test_adopt test_cache test_cache_store test_extents stress_cache stress_cache_all): LDFLAGS += -Wl,--wrap=calloc
 $(B)/tests/stress_cache_all: LDFLAGS += -Wl,--wrap=mmap,--wrap=munmap,--wrap=madvise
+# These die where a prover tells them to: common/failpoint.h.
 FAIL_BINS := $(B)/tests/bin/sidekvd $(B)/tests/bin/sidekv-keeper
 $(FAIL_BINS) $(B)/tests/prove_kills: $(O)/tests/failpoint.c.o
 $(FUZZERS): $(B)/tests/%: $(O)/tests/%.c.o $(call obj,client/cli_log.c) $(CORE_A)

@@ -404,12 +404,12 @@ static uint64_t change_record(struct skv_cache *cache, struct record *record,
                               const uint64_t *hashes, struct skv_change *change)
 {
     uint32_t count = pages_of(cache, record->stored);
-    record->untold = true;
+    record->untold = record->telling = true;
     change->id = ++cache->next_job;
     change->kind = SKV_CHANGE_RECORD;
     change->hashes = (uint64_t *)(change + 1);
     if (count) {
-        memcpy(change->hashes, hashes, count * sizeof *hashes);
+        memcpy(change->hashes, hashes, (count - 1) * sizeof *hashes);
         /* a stored tail's hash is of its own tokens, not of the page as it is now */
         change->hashes[count - 1] = record->hash_tail;
     }
@@ -422,7 +422,18 @@ void skv_cache_changed(struct skv_cache *cache, const struct skv_change *change)
 {
     uint32_t owner = skv_cache_find(cache, change->record.model, change->record.user);
     if (owner != SKV_NONE && cache->records.all[owner].generation == change->record.generation)
-        cache->records.all[owner].untold = false;
+        cache->records.all[owner].untold = cache->records.all[owner].telling = false;
+}
+
+void skv_tell(struct skv_cache *cache, uint32_t owner)
+{
+    struct record *record = &cache->records.all[owner];
+    const struct residence *r = residence_of(cache, owner);
+    if (record->telling || r->offload) /* which says it too */
+        return;
+    struct skv_change *change = skv_new_change(cache, pages_of(cache, record->stored));
+    if (change)
+        change_record(cache, record, r->hash, change);
 }
 
 /* The offload in flight counts for nothing; it may be in the writer's hands already. false: there
@@ -612,6 +623,7 @@ uint64_t skv_cut_stored(struct skv_cache *cache, uint32_t owner, uint32_t tokens
         record->hash_full = record->hash_tail =
             keep ? hashes[keep - 1] : skv_chain_before(cache, record);
     }
+    record->untold = true;
     return change ? change_record(cache, record, hashes, change) : 0;
 }
 
@@ -665,6 +677,7 @@ static bool cut_at_offload(struct skv_cache *cache, struct record *record,
         offload->cut = tokens;
     skv_new_generation(cache, record);
     record->untold = true;
+    record->telling = false;
     return true;
 }
 

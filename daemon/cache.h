@@ -168,8 +168,8 @@ void skv_cache_cancelled(struct skv_cache *cache, struct skv_onboard *job);
 void skv_cache_copied(struct skv_cache *cache, struct skv_offload *job);
 void skv_cache_stored(struct skv_cache *cache, struct skv_offload *job, int32_t status);
 
-/* The store was told of a change, or refused to be: till then nothing is appended to a stored tail
- * of that user. The change is the caller's. */
+/* The store has taken a change: till then nothing is appended to a stored tail of that user. The
+ * change is the caller's. */
 void skv_cache_changed(struct skv_cache *cache, const struct skv_change *change);
 
 /* The store turned out to hold this of a user, although a job for it was said to have failed. */

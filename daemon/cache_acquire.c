@@ -224,7 +224,7 @@ static bool may_append(struct skv_cache *cache, const struct residence *r, uint3
     return holder->state == SESSION_FENCED;
 }
 
-/* Would it be appended to the page of a stored tail, whose generation the store has not heard of?
+/* Would it be appended to the page of a stored tail, whose generation the store has not taken?
  * After a hot restart that tail would be taken for one of an earlier history. */
 static bool must_be_told(const struct skv_cache *cache, const struct record *record,
                          uint32_t cached)
@@ -241,7 +241,11 @@ static void append(struct skv_cache *cache, struct granting *g, uint32_t entry, 
     struct residence *r = residence_of(cache, owner);
     struct lease *lease = &g->batch->leases[entry];
     uint32_t size = cache->geometry.page_tokens, *own = g->batch->own + g->batch->owned;
-    if (must_be_told(cache, record, grant->cached) || !may_append(cache, r, g->slot))
+    if (must_be_told(cache, record, grant->cached)) {
+        skv_tell(cache, owner);
+        goto refused;
+    }
+    if (!may_append(cache, r, g->slot))
         goto refused;
     uint32_t partial = grant->cached % size;
     /* A fenced lease, or a worker of an earlier daemon, may write there still; and where another
@@ -396,10 +400,13 @@ static void grant_one(struct skv_cache *cache, struct granting *g, uint32_t entr
     lease->residence = record->residence;
     lease->generation = record->generation;
     r->leases++;
-    /* A half-filled tail that the request could not prove by its own hash goes to the library. */
-    if (grant->cached % size && grant->cached == m.committed && request->history > m.committed) {
-        grant->tail_valid = grant->cached % size;
-        grant->tail_hash = r->hash[grant->cached / size];
+    /* A half-filled tail that the request could not prove by its own hash goes to the library; also
+     * one that is to be replaced by a fresh page: if it was edited, the user is to be cut first. */
+    if (m.committed % size && request->history > m.committed &&
+        (grant->cached == m.committed || lease->state == LEASE_APPEND)) {
+        uint32_t tail = m.committed / size;
+        grant->tail_valid = m.committed % size;
+        grant->tail_hash = r->pages > tail ? r->hash[tail] : record->hash_tail;
     }
     uint32_t *list = pages + g->page_offset;
     grant->page_offset = g->page_offset;

@@ -190,9 +190,12 @@ uint32_t skv_succeed(struct skv_cache *cache, uint32_t residence, uint32_t pages
 /* Gives a user its next generation, in the table too. */
 void skv_new_generation(struct skv_cache *cache, struct record *record);
 /* The store's part of a cut: its record is to have `tokens` at most. `change` is from
- * skv_new_change(), of tokens / S pages; NULL: the store is not told. Returns the change's id. */
+ * skv_new_change(), of tokens / S pages; NULL: no memory, the store is not told yet. Returns the
+ * change's id. */
 uint64_t skv_cut_stored(struct skv_cache *cache, uint32_t record, uint32_t tokens,
                         const uint64_t *hashes, struct skv_change *change);
+/* Has the store told of a resident user's generation, where there was no memory to do so before. */
+void skv_tell(struct skv_cache *cache, uint32_t record);
 /* Leaves a user its first `keep` pages, all full; in a residence of its own when what it lost may
  * still be read. Returns the residence, SKV_NONE: no room for it. */
 uint32_t skv_shorten(struct skv_cache *cache, uint32_t residence, uint32_t keep);

@@ -197,7 +197,6 @@ void skv_cache_stored(struct skv_cache *cache, struct skv_offload *job, int32_t 
         }
         if (cut) {
             struct skv_change *change = skv_new_change(cache, pages_of(cache, record->stored));
-            record->untold = false; /* without memory for a change nobody is to wait for it */
             skv_cut_stored(cache, owner, record->stored, job->hashes, change);
         }
         if (r) {

@@ -131,6 +131,7 @@ struct daemon {
     uint32_t owed;        /* changes of the store that failed, and are tried again */
     bool halted;          /* the mover is: the store could not be opened anew yet */
     bool stopping;
+    bool stop_waits;        /* for a store that refuses, which was said */
     bool restarting;        /* asked to: a planned restart */
     uint64_t restart_by_ns; /* then even with batches open */
     bool broken;            /* the device failed */

@@ -55,6 +55,8 @@ static const char help[] =
     "  --start-wait MS      wait this long for socket, store and memory that an earlier daemon "
     "still\n"
     "                       holds (default 5000)\n"
+    "  --stop-wait MS       at SIGTERM store for this long at most, also where the store refuses\n"
+    "                       (default 60000)\n"
     "  --standby WHEN       under sidekv-keeper: start the next daemon as soon as this one serves; "
     "it\n"
     "                       opens its device and waits. on, off, or auto (default): on with a GPU\n"
@@ -86,6 +88,7 @@ enum {
     OPT_LEASE,
     OPT_SPIN,
     OPT_START_WAIT,
+    OPT_STOP_WAIT,
     OPT_STANDBY,
     OPT_MAX_USERS,
     OPT_EPOLL,
@@ -114,6 +117,7 @@ static const struct option table[] = {
     {"lease-ms", required_argument, NULL, OPT_LEASE},
     {"spin-us", required_argument, NULL, OPT_SPIN},
     {"start-wait", required_argument, NULL, OPT_START_WAIT},
+    {"stop-wait", required_argument, NULL, OPT_STOP_WAIT},
     {"standby", required_argument, NULL, OPT_STANDBY},
     {"max-users", required_argument, NULL, OPT_MAX_USERS},
     {"epoll", no_argument, NULL, OPT_EPOLL},
@@ -170,6 +174,8 @@ static uint32_t *plain(struct options *o, int option)
         return &o->spin_us;
     case OPT_START_WAIT:
         return &o->start_wait_ms;
+    case OPT_STOP_WAIT:
+        return &o->stop_wait_ms;
     case OPT_MAX_USERS:
         return &o->max_users;
     default:
@@ -275,6 +281,7 @@ int options_parse(int argc, char **argv, struct options *out)
         .lease_ms = 5000,
         .spin_us = sysconf(_SC_NPROCESSORS_ONLN) < 4 ? 0 : 50,
         .start_wait_ms = 5000,
+        .stop_wait_ms = 60000,
         .max_users = 1u << 24,
     };
     int option, index = 0;

@@ -21,7 +21,7 @@ struct options {
     enum standby standby;
     enum protection protection;
     uint64_t pool_bytes, store_bytes, pin_bytes, staging_bytes; /* 0: by the machine */
-    uint32_t tail_ms, spin_us, lease_ms, start_wait_ms;
+    uint32_t tail_ms, spin_us, lease_ms, start_wait_ms, stop_wait_ms;
     uint32_t max_users;
     bool epoll;
 };

@@ -18,8 +18,9 @@ struct record {
         hash_full; /* chain hash at the last full stored page (of page -1: the chain's start) */
     uint64_t hash_tail; /* chain hash at `stored` tokens */
     uint32_t last_use_s;
-    uint16_t model : 15;   /* index of the fingerprint */
-    uint16_t untold : 1;   /* a change is on its way to the store, which knew another generation */
+    uint16_t model : 14;   /* index of the fingerprint */
+    uint16_t untold : 1;   /* the store may know another generation of its stored tail */
+    uint16_t telling : 1;  /* a change that says this one is on its way there */
     uint16_t stored;       /* tokens in the store; SKV_MAX_TOKENS fits */
     uint32_t residence;    /* pages in the pool, or SKV_NONE */
     uint32_t chain;        /* next in its bucket */
@@ -29,7 +30,7 @@ _Static_assert(sizeof(struct record) == 64, "ten million users in 640 MB");
 _Static_assert(SKV_MAX_TOKENS <= UINT16_MAX, "stored tokens fit");
 
 #define SKV_MAX_MODELS 4096u
-#define SKV_NO_MODEL   0x7fffu /* of a freed record */
+#define SKV_NO_MODEL   0x3fffu /* of a freed record */
 
 struct records {
     struct record *all; /* [capacity], reserved */

@@ -15,13 +15,12 @@
 #include "log.h"
 #include "notify.h"
 
-#define ENTRIES_A_TURN  16u                   /* of one session: 64 workers get fair turns */
-#define PAGES_A_JOB     32u                   /* of an offload: its record moves forward as often */
-#define STORE_CHECK_NS  UINT64_C(100000000)   /* how often watermarks are looked at */
-#define STORE_RETRY_NS  UINT64_C(1000000000)  /* how often a refused store is tried again */
-#define STORE_EVICTIONS 8u                    /* under way at one time */
-#define IDLE_NS         UINT64_C(1000000000)  /* the longest sleep */
-#define STOP_NS         UINT64_C(60000000000) /* storing at SIGTERM takes no longer than this */
+#define ENTRIES_A_TURN  16u                  /* of one session: 64 workers get fair turns */
+#define PAGES_A_JOB     32u                  /* of an offload: its record moves forward as often */
+#define STORE_CHECK_NS  UINT64_C(100000000)  /* how often watermarks are looked at */
+#define STORE_RETRY_NS  UINT64_C(1000000000) /* how often a refused store is tried again */
+#define STORE_EVICTIONS 8u                   /* under way at one time */
+#define IDLE_NS         UINT64_C(1000000000) /* the longest sleep */
 
 static struct peer *peer_of(struct daemon *daemon, uint32_t slot)
 {
@@ -95,7 +94,8 @@ static void stored(struct daemon *daemon, int32_t status)
 static void changed(struct daemon *daemon, struct skv_change *change, int32_t status)
 {
     bool removal = change->kind == SKV_CHANGE_RECORD && change->record.tokens == 0;
-    skv_cache_changed(daemon->cache, change);
+    if (!status)
+        skv_cache_changed(daemon->cache, change);
     skv_commands_changed(daemon, change->id, status);
     stored(daemon, status);
     if (status && !change->refused) {
@@ -353,6 +353,19 @@ static void on_arriving(void *context, int32_t result)
     loop_read(daemon->loop, &daemon->arriving, daemon->arrival_bell.fd);
 }
 
+/* From now on: storing at SIGTERM takes no longer than this. */
+static uint64_t stop_time(const struct daemon *daemon)
+{
+    return skv_now_ns() + (uint64_t)daemon->options.stop_wait_ms * 1000000;
+}
+
+static uint64_t unstored_pages(const struct daemon *daemon)
+{
+    struct skv_stats stats;
+    skv_cache_stats(daemon->cache, &stats);
+    return stats.offload_backlog;
+}
+
 static void on_signal(void *context, int32_t result)
 {
     struct daemon *daemon = context;
@@ -365,7 +378,7 @@ static void on_signal(void *context, int32_t result)
         if (daemon->store && skv_store_broken(daemon->store))
             reopen_store(daemon);
         daemon->offload_stopped = false;
-        daemon->stop_by_ns = skv_now_ns() + STOP_NS;
+        daemon->stop_by_ns = stop_time(daemon);
         daemon->stop_epoch = skv_cache_flush(daemon->cache);
     } else if (daemon->stopping) {
         skv_warn("asked twice: not waiting for the store");
@@ -380,17 +393,23 @@ static bool stopped(struct daemon *daemon)
     if (!daemon->stopping)
         return false;
     if (daemon->arrival && daemon->stop_by_ns) { /* asked once: till then the time does not begin */
-        daemon->stop_by_ns = daemon->now_ns + STOP_NS;
+        daemon->stop_by_ns = stop_time(daemon);
         return false;
     }
-    bool all = skv_cache_flushed(daemon->cache, daemon->stop_epoch);
-    if (!all && (daemon->offload_stopped || daemon->now_ns > daemon->stop_by_ns)) {
-        struct skv_stats stats;
-        skv_cache_stats(daemon->cache, &stats);
-        skv_error("%llu pages were not stored", (unsigned long long)stats.offload_backlog);
-        all = true;
+    if (skv_cache_flushed(daemon->cache, daemon->stop_epoch))
+        return true;
+    if (daemon->now_ns > daemon->stop_by_ns) {
+        skv_error("%llu pages were not stored", (unsigned long long)unstored_pages(daemon));
+        return true;
     }
-    return all;
+    if (daemon->offload_stopped && !daemon->stop_waits) {
+        skv_warn("the store refuses %llu pages (%s): tried again every second for %llu ms, then "
+                 "they are lost; a second signal ends this at once",
+                 (unsigned long long)unstored_pages(daemon), skv_strerror(daemon->offload_status),
+                 (unsigned long long)(daemon->stop_by_ns - daemon->now_ns) / 1000000);
+        daemon->stop_waits = true;
+    }
+    return false;
 }
 
 /* A planned restart: is everybody quiet, or the time over? Or the keeper has gone, and another one

@@ -220,9 +220,9 @@ struct wire_grant {
     uint32_t page_offset; /* of the first of page_count ids in the slot's pages[] */
     uint32_t page_count;
     uint64_t lease;
-    uint64_t tail_hash;  /* chain hash at `cached`, for the library to check, when tail_valid > 0 */
-    uint32_t tail_valid; /* tokens of the half-filled tail page that `cached` counts; 0: nothing to
-                            check */
+    uint64_t tail_hash;  /* chain hash at the tail's end, for the library to check */
+    uint32_t tail_valid; /* tokens of the half-filled tail page, which `cached` counts, or ends
+                            before: then a fresh page replaces it; 0: nothing to check */
     uint32_t reserved0;
     uint64_t reserved[2];
 };

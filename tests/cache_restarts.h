@@ -59,8 +59,10 @@ static inline void restore_stored(uint32_t u)
                                 .hash_tail = stored->hash_tail,
                                 .last_use_s = stored->last_use_s,
                                 .tokens = stored->tokens};
+    starve();
     if (stored->tokens)
         CHECK(skv_cache_restore(world.cache, &record, stored->hashes) == 0);
+    world.users[u].untold = starve_end() ? info_of(u).generation : 0;
 }
 
 /* A hot restart between its two halves: the cache is early, users are restored one by one. */
@@ -72,14 +74,6 @@ static struct {
     tag committed[WORLD_USERS][WORLD_TOKENS];
     bool unanswered[WORLD_USERS]; /* a COMMIT of it, which may count or not: it waited for copies */
 } awaited;
-
-/* How much of what is committed is known to be stored. Nothing is promised of a stored tail that
- * was edited, and not appended to. */
-static inline uint32_t stored_of_committed(const struct sim_user *user)
-{
-    uint32_t count = user->stored_count;
-    return memcmp(user->stored, user->committed, count * sizeof(tag)) ? count - count % S : count;
-}
 
 static inline bool is_unanswered(uint32_t u)
 {
@@ -105,7 +99,9 @@ static inline void hot_restart_begin(bool limbo)
             continue; /* as it was before the restart before */
         awaited.count[u] = world.users[u].count;
         memcpy(awaited.committed[u], world.users[u].committed, sizeof awaited.committed[u]);
-        awaited.stored[u] = stored_of_committed(&world.users[u]);
+        awaited.stored[u] = world.users[u].stored_count;
+        CHECK(memcmp(world.users[u].stored, world.users[u].committed,
+                     awaited.stored[u] * sizeof(tag)) == 0);
         awaited.unanswered[u] = is_unanswered(u);
     }
     world.options.generation = world.table->generation + 1;
@@ -195,10 +191,7 @@ static inline void restart(void)
         for (uint32_t i = 0; i < stored->tokens; i++)
             tags[i] = stored->pages[i / S].tags[i % S];
         CHECK(stored->tokens >= user->stored_count);
-        /* An edited tail that was not appended to was replaced unseen, by what is committed now. */
-        CHECK(memcmp(tags, user->stored, user->stored_count * sizeof(tag)) == 0 ||
-              (stored->tokens <= user->count &&
-               memcmp(tags, user->committed, stored->tokens * sizeof(tag)) == 0));
+        CHECK(memcmp(tags, user->stored, user->stored_count * sizeof(tag)) == 0);
         user->count = user->stored_count = stored->tokens;
         memcpy(user->committed, tags, sizeof tags);
         memcpy(user->stored, tags, sizeof tags);

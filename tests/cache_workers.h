@@ -184,10 +184,10 @@ static inline bool is_of_now(const struct skv_change *change, uint32_t u)
 }
 
 /* Does the user's next token belong to the page of a stored tail, while a change of its generation
- * is on its way to the store, or the answer on its way back? */
+ * is on its way to the store, or the answer on its way back, or was not made? */
 static inline bool in_untold_tail(uint32_t u, uint32_t tokens)
 {
-    bool untold = false;
+    bool untold = world.users[u].untold && world.users[u].untold == info_of(u).generation;
     for (uint32_t i = 0; i < world.write_count; i++) {
         const struct sim_write *write = &world.writes[(world.write_first + i) % WORLD_QUEUE];
         untold = untold || (write->change && is_of_now(write->change, u));
@@ -408,15 +408,16 @@ static inline void judge_grant(struct sim_session *session, struct sim_row *row,
     CHECK(!world.early || !(appends || grant->flags & (SKV_GRANT_STORE | SKV_GRANT_GATED)));
 
     /* A tail that only the worker can judge. */
-    bool tail = grant->cached % S && grant->cached == e->committed && h > grant->cached;
+    bool tail = e->committed % S && h > e->committed &&
+                (grant->cached == e->committed || (appends && !e->cut));
     CHECK(!tail == !grant->tail_valid);
     view->proven = true;
     if (tail) {
-        CHECK(grant->tail_valid == grant->cached % S);
+        CHECK(grant->tail_valid == e->committed % S);
         uint64_t hash[WORLD_PAGES];
         skv_chain_hashes(world.users[view->user].model, world.users[view->user].id, S, view->tokens,
-                         grant->cached, 0, hash);
-        view->proven = hash[grant->cached / S] == grant->tail_hash;
+                         e->committed, 0, hash);
+        view->proven = hash[e->committed / S] == grant->tail_hash;
         row->again = row->again || !view->proven;
     }
     if (!(grant->flags & SKV_GRANT_GATED))
@@ -466,8 +467,9 @@ static inline void acquire_end(uint32_t s, uint32_t r)
         if (!exact || (i && now.dropped_tokens > then.dropped_tokens)) {
             /* another entry changed what was to be had */
             uint32_t c = view->grant.cached;
+            uint32_t valid = view->grant.tail_valid;
             e[i] = (struct expected){
-                .cached = c, .committed = view->grant.tail_valid ? c : UINT32_MAX, .end = true};
+                .cached = c, .committed = valid ? c - c % S + valid : UINT32_MAX, .end = true};
         }
         if (!exact || (i && now.evicted_users > then.evicted_users))
             before[i].resident = 0; /* nothing is known to be certain */

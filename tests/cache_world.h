@@ -68,6 +68,7 @@ struct sim_user {
     uint64_t forgotten_by; /* change whose end must find it gone from the store, or 0 */
     uint64_t forgotten_generation;
     uint64_t gone_below; /* no page of this generation or an older one may be stored any more */
+    uint64_t untold;     /* there was no memory to tell the store of this generation */
 };
 
 struct sim_onboard {
@@ -104,6 +105,7 @@ struct world {
     uint64_t now_ms, clock_s, dropped_tokens, load_failures;
     bool damaged;    /* a stored page was damaged on purpose */
     bool unreadable; /* the store: no page can be read now */
+    bool starved;    /* no memory for a change that an event or a restart asks for */
     bool early;      /* the cache is: some of the store's users are not known to it yet */
     bool trace;
     /* hooks of whoever plays the workers */
@@ -113,6 +115,35 @@ struct world {
 };
 
 static struct world world;
+
+/* ---- memory ---- */
+
+static uint32_t starvations = UINT32_MAX; /* allocations that failed; UINT32_MAX: none does */
+
+/* Every program that includes this is linked with --wrap=calloc. */
+void *__real_calloc(size_t count, size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes)
+{
+    if (starvations == UINT32_MAX)
+        return __real_calloc(count, bytes);
+    starvations++;
+    return NULL;
+}
+
+static inline void starve(void)
+{
+    if (world.starved)
+        starvations = 0;
+}
+
+/* Did something fail since? */
+static inline bool starve_end(void)
+{
+    bool failed = starvations && starvations != UINT32_MAX;
+    starvations = UINT32_MAX;
+    return failed;
+}
 
 /* ---- tags ---- */
 
@@ -445,13 +476,15 @@ static inline bool offload_copy(uint32_t i)
     return true;
 }
 
-/* The writer takes its next job. For an offload: `status`: an error to meet, with `pages` pages
- * stored before; SKV_ESTALE: it looks whether the job was dropped. */
+/* The writer takes its next job. `status`: an error to meet; of an offload `pages` pages are stored
+ * before; SKV_ESTALE: it looks whether the job was dropped. */
 static inline bool write_step(int32_t status, uint32_t pages)
 {
     struct sim_write *write = &world.writes[world.write_first];
     if (!world.write_count || (write->offload && !write->copied))
         return false;
+    if (write->change && status && status != SKV_ESTALE)
+        return true; /* it is owed: made before all else, and the core waits for it */
     world.write_first = (world.write_first + 1) % WORLD_QUEUE;
     world.write_count--;
     if (write->change) {
@@ -491,8 +524,11 @@ static inline void on_stored(struct skv_offload *job, int32_t status, const tag 
     uint32_t stored = status ? before.stored : record.tokens;
     if (status && job->stored_moves)
         stored = (job->moves[job->stored_moves - 1].index + 1) * S;
+    starve();
     skv_cache_stored(world.cache, job, status);
     struct skv_user_info after = info_of(index);
+    if (starve_end())
+        user->untold = after.generation;
     if (before.generation != record.generation || after.generation != record.generation) {
         if (after.stored > before.stored) { /* cut meanwhile, and it waited for the outcome */
             memcpy(user->stored + first, tags, (after.stored - first) * sizeof(tag));
@@ -515,6 +551,8 @@ static inline void on_changed(struct skv_change *change)
         user->gone_below = user->forgotten_generation;
         CHECK(!world.store[index].tokens || world.store[index].generation > user->gone_below);
     }
+    if (user->untold == change->record.generation)
+        user->untold = 0;
     skv_cache_changed(world.cache, change);
     free(change);
 }

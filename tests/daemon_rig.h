@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -77,6 +78,22 @@ static inline void rig_stop(struct rig *rig, int signal)
     kill(rig->daemon, signal);
     waitpid(rig->daemon, NULL, 0);
     rig->daemon = 0;
+}
+
+/* For rig_child: what writes beyond a limit of files' sizes is told so, and lives. */
+static inline void rig_may_be_limited(void)
+{
+    signal(SIGXFSZ, SIG_IGN);
+}
+
+/* From now on the store of a daemon that may be limited refuses what is put in it, as on a full
+ * disk; or does so no more. */
+static inline void rig_limit(pid_t daemon, bool refuses)
+{
+    struct rlimit limit;
+    prlimit(daemon, RLIMIT_FSIZE, NULL, &limit);
+    limit.rlim_cur = refuses ? 8192 : limit.rlim_max; /* LMDB's two meta pages */
+    prlimit(daemon, RLIMIT_FSIZE, &limit, NULL);
 }
 
 /* The daemon is asked to end, so that leak checkers and coverage see all of it; after a minute it

@@ -158,7 +158,8 @@ static void acquire(struct fuzz_input *in, struct raw *raw)
             r.max_cached = fuzz_u8(in);
         if (kind & 64) { /* the tail of the last grant differs */
             r.tail_hash = slot->grants[i].tail_hash;
-            r.max_cached = slot->grants[i].cached - slot->grants[i].tail_valid;
+            r.max_cached =
+                slot->grants[i].cached / fuzz_geometry.page_tokens * fuzz_geometry.page_tokens;
             r.flags |= WIRE_TAIL_DIFFERS;
         }
         if (kind & 128) {

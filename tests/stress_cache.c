@@ -81,6 +81,7 @@ static struct { /* of this world, percent */
     uint32_t users; /* that are asked for, of the first model */
     uint32_t lags;  /* the writer: of what it might do, it leaves that for later */
     uint32_t cold;  /* of restarts */
+    uint32_t starves;
 } habits;
 
 /* ---- the operations ---- */
@@ -314,6 +315,7 @@ static void do_op(struct op op)
     uint32_t s = draw(SESSIONS), r;
     if ((op.kind == WRITE || op.kind == SETTLE || op.kind == STORE_ALL) && chance(habits.lags))
         return;
+    world.starved = chance(habits.starves);
     bool live = sessions[s].state == LIVE;
     switch (op.kind) {
     case OPEN:
@@ -421,6 +423,7 @@ static void open_world(uint64_t seed)
     habits.users = 1 + draw(WORLD_USERS - 1);
     habits.lags = chance(50) ? 0 : 20 + draw(80);
     habits.cold = chance(30) ? 50 : 5;
+    habits.starves = chance(70) ? 0 : 10 + draw(90);
     memset(flushes, 0, sizeof flushes);
     next_token = 1;
     world_open((struct skv_cache_options){.pages = 6 + draw(chance(50) ? WORLD_POOL - 6 : 10),

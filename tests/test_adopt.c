@@ -484,6 +484,48 @@ Test(adopt, a_stored_tail_is_read_and_not_appended_to_until_the_store_has_its_ge
     free(change);
 }
 
+static bool no_memory;
+void *__real_calloc(size_t count, size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes)
+{
+    return no_memory ? NULL : __real_calloc(count, bytes);
+}
+
+/* Such a change would take back what the offload stores. */
+Test(adopt, beside_an_offload_of_a_stored_tail_the_store_is_told_nothing)
+{
+    struct skv_action action;
+    struct wire_grant grant;
+    put(0, valid(1, 0, S, 5));
+    put(1, valid(1, 1, 9, 5));
+    put(2, valid(1, 2, 3, 5)); /* not of its history: it gets a new generation */
+    open_cache(true);
+    adopt(false);
+    no_memory = true;
+    cr_assert_eq(restore(1, S + 7, 5, (uint64_t[]){1000, 1001}), 0);
+    no_memory = false;
+    while (!skv_cache_restored(cache, 1))
+        ;
+    struct skv_offload *job = skv_cache_next_offload(cache, 8, true);
+    cr_assert(job);
+    for (int stored = 0; stored < 2; stored++) {
+        uint32_t slot = acquire(2 * S, (uint64_t[]){1000, 55}, &grant);
+        cr_expect_eq(grant.cached, S + 9);
+        cr_expect_not(grant.flags & SKV_GRANT_APPEND);
+        cr_assert(skv_cache_session_gone(cache, slot));
+        cr_expect_eq(skv_cache_action(cache, &action), stored);
+        if (!stored)
+            skv_cache_stored(cache, job, 0);
+    }
+    struct skv_change *change = action.job;
+    cr_assert_eq(change->record.tokens, S + 9);
+    skv_cache_changed(cache, change);
+    free(change);
+    acquire(2 * S, (uint64_t[]){1000, 55}, &grant);
+    cr_expect(grant.flags & SKV_GRANT_APPEND);
+}
+
 /* ---- limbo ---- */
 
 Test(adopt, in_limbo_nothing_of_before_is_evicted_or_appended_to)

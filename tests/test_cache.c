@@ -89,6 +89,19 @@ Test(cache, a_tail_of_the_same_length_that_differs_is_cut)
     cr_assert(appends(view));
 }
 
+/* The worker of session s releases what it was granted, and acquires again. */
+static struct view *echo_tail(uint32_t s)
+{
+    struct view again = sessions[s].rows[0].views[0];
+    uint32_t committed = info_of(0).committed;
+    finish(s, 0, false);
+    cr_assert_eq(info_of(0).committed, committed);
+    again.flags = WIRE_TAIL_DIFFERS;
+    again.max_cached = again.grant.cached - again.grant.cached % S;
+    again.tail_hash = again.grant.tail_hash;
+    return acquire_view(s, 0, again);
+}
+
 Test(cache, a_tail_that_only_the_worker_can_judge_is_cut_when_it_echoes_its_hash)
 {
     setup(16);
@@ -97,16 +110,53 @@ Test(cache, a_tail_that_only_the_worker_can_judge_is_cut_when_it_echoes_its_hash
     cr_assert_eq(view->grant.cached, 40);
     cr_assert_eq(view->grant.tail_valid, 8);
     cr_assert_not(view->proven); /* so it releases and acquires again */
-    struct view again = *view;
-    finish(1, 0, false);
-    cr_assert_eq(info_of(0).committed, 40);
-    again.flags = WIRE_TAIL_DIFFERS;
-    again.max_cached = 32;
-    again.tail_hash = again.grant.tail_hash;
-    view = acquire_view(1, 0, again);
+    view = echo_tail(1);
     cr_assert_eq(view->grant.cached, 32);
     cr_assert(appends(view));
     cr_assert_eq(info_of(0).committed, 32);
+}
+
+/* A user with a stored tail that a fenced session may write to: others append to a fresh page. */
+static void hold_tail(void)
+{
+    setup(24);
+    append(0, 40);
+    store_all();
+    acquire(1, 0, 0, 44);
+    fence(1);
+}
+
+Test(cache, an_edited_tail_is_cut_before_a_fresh_page_replaces_it)
+{
+    hold_tail();
+    uint64_t generation = info_of(0).generation;
+    struct view *view = acquire_edited(2, 0, 0, 60, 38);
+    cr_assert_eq(view->grant.cached, 32);
+    cr_assert(appends(view));
+    cr_assert_eq(view->grant.tail_valid, 8);
+    cr_assert_not(view->proven);
+    view = echo_tail(2);
+    cr_assert_eq(view->grant.cached, 32);
+    cr_assert(appends(view));
+    cr_assert_eq(view->grant.tail_valid, 0);
+    cr_assert_gt(info_of(0).generation, generation);
+    cr_assert_eq(info_of(0).stored, 32);
+    finish(2, 0, true);
+    cr_assert_eq(info_of(0).committed, 60);
+}
+
+Test(cache, one_that_is_the_same_stays_stored)
+{
+    hold_tail();
+    uint64_t generation = info_of(0).generation;
+    struct view *view = acquire(2, 0, 0, 60);
+    cr_assert_eq(view->grant.cached, 32);
+    cr_assert_eq(view->grant.tail_valid, 8);
+    cr_assert(view->proven);
+    finish(2, 0, true);
+    cr_assert_eq(info_of(0).committed, 60);
+    cr_assert_eq(info_of(0).stored, 40);
+    cr_assert_eq(info_of(0).generation, generation);
 }
 
 Test(cache, an_echo_of_another_tail_proves_nothing)

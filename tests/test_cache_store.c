@@ -561,12 +561,12 @@ static void outdate_the_store(void)
     cr_assert_eq(info_of(0).resident, S + 7);
 }
 
-/* It is appended to as soon as the store has heard of it, and then cut by no restart. */
-static void check_told(void)
+/* It is appended to as soon as the store has taken it, and then cut by no restart. */
+static void check_told(uint32_t stored)
 {
     for (int told = 0; told < 2; told++) {
         struct view *view = acquire(0, 0, 0, 2 * S);
-        cr_expect_eq(view->grant.cached, S + 7);
+        cr_expect_eq(view->grant.cached, stored);
         cr_assert_eq(appends(view), told);
         finish(0, 0, told);
         if (!told)
@@ -574,13 +574,26 @@ static void check_told(void)
     }
     hot_restart(false);
     cr_expect_eq(info_of(0).committed, 2 * S);
-    cr_expect_eq(info_of(0).stored, S + 7);
+    cr_expect_eq(info_of(0).stored, stored);
 }
 
 Test(cache_store, a_stored_tail_is_appended_to_only_once_the_store_knows_its_generation)
 {
     outdate_the_store();
-    check_told();
+    check_told(S + 7);
+}
+
+Test(cache_store, nor_while_the_store_refuses_to_know_it)
+{
+    outdate_the_store();
+    for (int i = 0; i < 3; i++) {
+        cr_assert(write_step(i % 2 ? SKV_EIO : SKV_ENOSPC, 0));
+        while (take_event())
+            ;
+        cr_expect_not(appends(acquire(0, 0, 0, 2 * S)));
+        finish(0, 0, false);
+    }
+    check_told(S + 7);
 }
 
 Test(cache_store, after_a_hot_restart_too)
@@ -588,22 +601,29 @@ Test(cache_store, after_a_hot_restart_too)
     outdate_the_store();
     hot_restart(false);
     session_open(0);
-    check_told();
+    check_told(S + 7);
 }
 
 /* A user with a stored tail that is being replaced by an offload of all it has, and is cut behind
- * the tail meanwhile. */
-static void cut_meanwhile(void)
+ * the tail meanwhile; also before the offload, if it is cut twice. */
+static void cut_meanwhile_and_before(int cuts)
 {
     setup(8);
     append(0, 7);
     store_all();
-    append(0, 3 * S + 4);
-    cr_assert(offload_begin(8, true));
-    acquire_edited(0, 0, 0, 3 * S + 6, 2 * S + 3);
-    finish(0, 0, false);
-    cr_assert_eq(info_of(0).committed, 2 * S);
-    cr_expect_eq(info_of(0).stored, 7);
+    while (cuts--) {
+        append(0, 3 * S + 4);
+        cr_assert(cuts || offload_begin(8, true));
+        acquire_edited(0, 0, 0, 3 * S + 6, 2 * S + 3);
+        finish(0, 0, false);
+        cr_assert_eq(info_of(0).committed, 2 * S);
+        cr_expect_eq(info_of(0).stored, 7);
+    }
+}
+
+static void cut_meanwhile(void)
+{
+    cut_meanwhile_and_before(1);
 }
 
 Test(cache_store, a_cut_behind_a_stored_tail_costs_it_not)
@@ -632,6 +652,49 @@ Test(cache_store, nor_where_the_offload_fails)
     cr_expect_eq(world.store[0].generation, info_of(0).generation);
     cr_expect(offload_one(8));
     cr_expect_eq(info_of(0).stored, 2 * S);
+}
+
+/* Who wants to append has the store told. */
+static void check_starved(int cuts)
+{
+    cut_meanwhile_and_before(cuts);
+    cr_assert(offload_copy((uint32_t)cuts - 1));
+    cr_assert(cuts == 1 || write_step(0, 0));
+    cr_assert(write_step(SKV_EIO, 0));
+    world.starved = true;
+    while (take_event())
+        ;
+    world.starved = false;
+    cr_assert_eq(world.write_count, 0);
+    append(1, 8 * S); /* it is dropped to what is stored */
+    acquire(0, 0, 0, 7);
+    copy_all();
+    finish(0, 0, false);
+    cr_assert_eq(info_of(0).resident, 7);
+    check_told(7);
+}
+
+Test(cache_store, nor_where_there_is_no_memory_to_tell_the_store)
+{
+    check_starved(1);
+}
+
+Test(cache_store, nor_where_there_is_none_and_it_was_just_told_of_another_cut)
+{
+    check_starved(2);
+}
+
+Test(cache_store, nor_where_a_restart_finds_none)
+{
+    outdate_the_store();
+    hot_restart_begin(false);
+    world.starved = true;
+    while (world.early)
+        hot_restart_step();
+    world.starved = false;
+    cr_assert_eq(world.write_count, 0);
+    session_open(0);
+    check_told(S + 7);
 }
 
 static uint32_t stored_after(bool written, bool hot)

@@ -189,6 +189,7 @@ static const struct spoiled {
     SPOILED(page_count, 2),
     SPOILED(page_count, UINT32_MAX),
     SPOILED(lease, 0),
+    SPOILED(tail_valid, 8), /* as far as the history: that proves it by itself */
     SPOILED(tail_valid, 16),
     {.name = "page", .offset = SIZE_MAX, .value = FAKE_POOL_BYTES / 8192},
     {.name = "ring", .offset = SIZE_MAX - 1},
@@ -253,16 +254,18 @@ static void expect_release(struct fake *f, uint32_t count)
     fake_answer(f, &sqe, 0);
 }
 
+/* Tails that are granted, or, with an argument, replaced by fresh pages. */
 static void serve_tails(struct fake *f)
 {
+    bool replaced = f->argument != NULL;
     make_requests();
     fake_handshake(f);
     struct wire_slot *slot = fake_slot(f, 0);
     struct wire_sqe sqe = fake_take(f, WIRE_ACQUIRE);
-    struct wire_grant *g = fake_grant(f, 0, 0, 38, true);
+    struct wire_grant *g = fake_grant(f, 0, 0, replaced ? 32 : 38, true);
     g->tail_valid = 6;
     g->tail_hash = hash_at(0, 38); /* the client's own tokens: fine */
-    g = fake_grant(f, 0, 1, 18, true);
+    g = fake_grant(f, 0, 1, replaced ? 16 : 18, true);
     g->tail_valid = 2;
     g->tail_hash = 4711; /* somebody else's */
     fake_grant(f, 0, 2, 64, false);
@@ -274,7 +277,7 @@ static void serve_tails(struct fake *f)
     FAKE_CHECK(slot->requests[1].flags == WIRE_TAIL_DIFFERS);
     FAKE_CHECK(slot->requests[1].tail_hash == 4711 && slot->requests[1].max_cached == 16);
     FAKE_CHECK(slot->requests[2].flags == 0 && slot->requests[2].tail_hash == 0);
-    g = fake_grant(f, 0, 0, 38, true);
+    g = fake_grant(f, 0, 0, replaced ? 32 : 38, true);
     g->tail_valid = 6;
     g->tail_hash = hash_at(0, 38);
     fake_grant(f, 0, 1, 16, true);
@@ -284,17 +287,28 @@ static void serve_tails(struct fake *f)
     fake_await_hang_up(f);
 }
 
-Test(client, a_tail_that_differs_is_echoed_and_acquired_again)
+static void meet_tails(bool replaced)
 {
     make_requests();
+    fake.argument = replaced ? requests : NULL;
     open_with(serve_tails, FAKE_PATIENCE_MS, 0);
     struct skv_batch batch;
     cr_assert_eq(skv_acquire(skv, 0, requests, 3, &batch), 0);
-    cr_expect_eq(batch.grants[0].cached, 38);
+    cr_expect_eq(batch.grants[0].cached, replaced ? 32 : 38);
     cr_expect_eq(batch.grants[1].cached, 16);
     cr_expect_eq(batch.grants[2].cached, 64);
     cr_assert_eq(skv_release(skv, &batch), 0);
     close_and_end();
+}
+
+Test(client, a_tail_that_differs_is_echoed_and_acquired_again)
+{
+    meet_tails(false);
+}
+
+Test(client, one_that_a_fresh_page_would_replace_too)
+{
+    meet_tails(true);
 }
 
 /* However often the tail changes under us, it ends, at last without a hit. */

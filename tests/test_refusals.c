@@ -482,6 +482,93 @@ Test(refusals, a_terminal_that_closes_takes_no_cache_with_it)
     expect_undisturbed();
 }
 
+/* ---- SIGTERM while the store refuses ---- */
+
+static int log_pipe[2];
+static char log_text[65536];
+
+static void to_the_pipe(void)
+{
+    rig_may_be_limited();
+    dup2(log_pipe[1], STDERR_FILENO);
+}
+
+/* Reads the daemon's log till it says so. false: it never did. */
+static bool log_says(const char *words)
+{
+    size_t length = strlen(log_text);
+    ssize_t got = 1;
+    while (!strstr(log_text, words) && got > 0) {
+        got = read(log_pipe[0], log_text + length, sizeof log_text - 1 - length);
+        length += got > 0 ? (size_t)got : 0;
+    }
+    return strstr(log_text, words) != NULL;
+}
+
+/* A daemon whose store has refused 1,000 tokens of user 3 is told to end: it is to wait for that
+ * store, for `wait` milliseconds at most. */
+static void end_a_refused_one(const char *wait)
+{
+    const char *const options[] = {"--pool-bytes", "8M", "--stop-wait", wait, NULL};
+    rig_stop(&rig, SIGTERM);
+    cr_assert_eq(append(3, 1000), SKV_ELOST);
+    cr_assert_eq(pipe(log_pipe), 0);
+    setenv("SIDEKV_LOG", "warn", 1);
+    rig_child = to_the_pipe;
+    rig_start(&rig, options);
+    rig_child = NULL;
+    close(log_pipe[1]);
+    cr_assert_eq(skv_reconnect(good, 20000), 0);
+    rig_limit(rig.daemon, true);
+    cr_assert_eq(append(3, 1000), 0);
+    cr_assert_eq(skv_flush(good), SKV_ENOSPC);
+    kill(rig.daemon, SIGTERM);
+}
+
+/* It has ended in order; what was stored is there for the next one. */
+static void expect_stored(bool all)
+{
+    static const char *const options[] = {"--pool-bytes", "8M", NULL};
+    struct skv_user_info info = {0};
+    int status;
+    cr_assert_eq(waitpid(rig.daemon, &status, 0), rig.daemon);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    cr_expect_eq(log_says("pages were not stored"), !all);
+    close(log_pipe[0]);
+    cr_assert_eq(append(3, 1000), SKV_ELOST);
+    rig_start(&rig, options);
+    cr_assert_eq(skv_reconnect(good, 20000), 0);
+    status = skv_lookup(good, (struct skv_id){0}, skv_user_integer(3), &info);
+    cr_expect_eq(status, all ? 0 : SKV_ENOENT);
+    cr_expect_eq(info.stored, all ? 1000 : 0);
+    expect_undisturbed();
+}
+
+#define AN_HOUR "3600000"
+
+Test(refusals, sigterm_waits_for_a_store_that_refuses)
+{
+    end_a_refused_one(AN_HOUR);
+    cr_assert(log_says("the store refuses"));
+    cr_expect_eq(append(3, 1000), 0, "and serves meanwhile");
+    rig_limit(rig.daemon, false);
+    expect_stored(true);
+}
+
+Test(refusals, sigterm_waits_for_no_longer_than_it_was_told)
+{
+    end_a_refused_one("50");
+    expect_stored(false);
+}
+
+Test(refusals, a_second_sigterm_ends_the_wait)
+{
+    end_a_refused_one(AN_HOUR);
+    cr_assert(log_says("the store refuses"));
+    kill(rig.daemon, SIGTERM);
+    expect_stored(false);
+}
+
 static int open_files(pid_t pid)
 {
     char path[64];

@@ -308,6 +308,54 @@ ON_EVERY_BACKEND(a_store_that_proves_damaged_is_filled_from_the_pool)
     cr_expect(nothing_leaks());
 }
 
+/* User 0 is cut behind its stored tail, whose new generation the store refuses; then it falls back
+ * to what is stored. */
+ON_EVERY_BACKEND(a_stored_tail_is_kept_while_the_store_refuses)
+{
+    const char *const options[] = {"--pool-bytes", "2M",    "--tail-ms", "0",
+                                   "--standby",    standby, NULL};
+    const uint32_t stored = S + 7;
+    struct skv_user_info info = {.resident = 1};
+    struct skv_batch batch;
+    stage(backend);
+    rig_child = rig_may_be_limited;
+    start_with(options);
+    rig_child = NULL;
+    serve(0, stored);
+    cr_assert_eq(skv_flush(skv), 0);
+    cr_assert_eq(stored_tokens(0), stored);
+    uint32_t before = skv_server(skv)->pid;
+    rig_limit((pid_t)before, true);
+    serve(0, 3 * S + 4);
+    tokens[0][2 * S + 3]++;
+    cr_assert_eq(acquire(skv, 0, 3 * S + 6, 0, &batch), 0);
+    cr_assert_eq(batch.grants[0].cached, 2 * S);
+    cr_assert_eq(skv_release(skv, &batch), 0);
+    for (uint32_t u = 1; u < USERS && info.resident; u++) {
+        serve(u, MOST);
+        cr_assert_eq(skv_lookup(skv, (struct skv_id){0}, skv_user_integer(0), &info), 0);
+    }
+    cr_assert_eq(info.committed, stored);
+    cr_assert_eq(acquire(skv, 0, stored, SKV_REQUEST_READ, &batch), 0);
+    cr_assert_eq(batch.grants[0].cached, stored);
+    for (uint32_t layer = 0; layer < geometry.layers; layer++)
+        cr_assert_eq(skv_gate_wait(&skv_gate_row(skv, 0)[layer], 20000), 0);
+    check_rows(&batch.grants[0], 0);
+    cr_assert_eq(skv_release(skv, &batch), 0);
+    cr_assert_eq(skv_flush(skv), SKV_ENOSPC);
+    known[0].committed = stored;
+    serve(0, 2 * S);
+    cr_expect_eq(known[0].committed, stored, "it is not appended to");
+    kill((pid_t)before, SIGKILL);
+    await_new_daemon(before);
+    await_store();
+    cr_expect_eq(stored_tokens(0), stored);
+    for (int i = 0; i < 20000 && known[0].committed < 2 * S; i++, poll(NULL, 0, 1))
+        serve(0, 2 * S);
+    cr_assert_eq(skv_flush(skv), 0);
+    cr_expect_eq(stored_tokens(0), 2 * S);
+}
+
 /* ---- workers ---- */
 
 /* A worker in a process of its own, told what to do by the test; forked before the test has opened
