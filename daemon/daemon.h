@@ -18,6 +18,9 @@
 
 #define GENERATIONS_AHEAD (UINT64_C(1) << 20) /* reserved in the store at a time */
 
+/* From a worker's end until its pages are free: what the device still had of it. Facts say 0. */
+#define GONE_NS UINT64_C(20000000)
+
 struct daemon;
 
 /* A connection:

@@ -23,7 +23,6 @@
 #include "fdpass.h"
 #include "log.h"
 
-#define GONE_NS UINT64_C(20000000) /* after a worker's end, as in peer.c */
 #define DEVICE_OLD_NS                                                                              \
     UINT64_C(1000000000) /* whoever has waited longer may have a device that failed meanwhile */
 #define KEEPER_MS                                                                                  \

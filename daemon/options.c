@@ -288,9 +288,9 @@ int options_parse(int argc, char **argv, struct options *out)
     opterr = 0;
     while ((option = getopt_long(argc, argv, "", table, &index)) != -1) {
         if (option == OPT_HELP)
-            return fputs(help, stdout) < 0;
+            return fputs(help, stdout) < 0 || fflush(stdout);
         if (option == OPT_VERSION)
-            return puts("sidekvd " SKV_VERSION) < 0;
+            return puts("sidekvd " SKV_VERSION) < 0 || fflush(stdout);
         if (option == '?')
             return usage("unknown option or missing value", argv[optind - 1]);
         if (!take(out, option, optarg)) {

@@ -30,9 +30,6 @@ _Static_assert(WIRE_FDS_PER_MESSAGE <= SKV_FDS_PER_MESSAGE, "a message of the wi
 
 #define HELLO_NS  UINT64_C(2000000000) /* a handshake's deadline */
 #define ACCEPT_NS UINT64_C(200000000)  /* between tries when no file descriptor is left */
-#define GONE_NS                                                                                    \
-    UINT64_C(20000000) /* after a worker's end, for what the device still had of it: facts say 0   \
-                        */
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77
