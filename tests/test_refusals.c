@@ -423,6 +423,13 @@ Test(refusals, a_start_that_cannot_work_ends_with_an_error)
     cr_expect_eq(second_daemon(socket, rig.store, other), 1, "a store of another geometry");
 }
 
+Test(refusals, the_socket_is_its_owners_alone)
+{
+    struct stat about;
+    cr_assert_eq(stat(rig.socket, &about), 0);
+    cr_expect_eq(about.st_mode & 0777, 0600);
+}
+
 static void restart(int signal)
 {
     static const char *const options[] = {"--pool-bytes", "8M", NULL};
