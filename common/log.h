@@ -1,5 +1,7 @@
 /* One line to stderr, for every part of the project. Errors are logged once, where they are
  * translated, with the original text; the caller up the stack then only passes the status on.
+ * A line begins with the time, UTC; where stderr is the journal's (JOURNAL_STREAM), with its
+ * priority instead.
  * SIDEKV_LOG=error|warn|info|debug chooses (default info in the daemon, warn elsewhere). */
 #ifndef SKV_LOG_H
 #define SKV_LOG_H

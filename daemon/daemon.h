@@ -43,6 +43,7 @@ struct peer {
     uint32_t index;
     uint64_t session; /* id; also tells this use of the struct from the next */
     pid_t pid;
+    uid_t uid;
     int socket, pidfd, memory_fd, sq_fd, cq_fd;
     struct watch hangup, bell, death;
     uint64_t due_ns;                 /* hello: its deadline; ending: when it is gone */

@@ -338,7 +338,7 @@ void options_defaults(struct options *o, struct skv_device *device)
     if (!o->pool_bytes && cuda) {
         uint64_t free_bytes = skv_device_free_bytes(device);
         uint64_t room = free_bytes / 4 > 8 * GIB ? free_bytes / 4 : 8 * GIB;
-        o->pool_bytes = free_bytes > room ? free_bytes - room : 64 * page;
+        o->pool_bytes = free_bytes > room ? free_bytes - room : OPTIONS_LEAST_PAGES * page;
     } else if (!o->pool_bytes) {
         o->pool_bytes = least(memory / 8, 4 * GIB);
     }

@@ -5,6 +5,8 @@
 #include "device.h"
 #include "store.h"
 
+#define OPTIONS_LEAST_PAGES 64u /* of a default pool, where the GPU has no more than 8 GiB free */
+
 /* May the next daemon wait beside this one? auto: where opening a device takes long. */
 enum standby { STANDBY_AUTO, STANDBY_ON, STANDBY_OFF };
 

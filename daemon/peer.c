@@ -246,7 +246,15 @@ static void refuse(struct peer *peer, int status, const char *reason)
     skv_peer_end(peer, status, reason);
 }
 
-/* Reads the hello: 1, 0 (not yet), or -1: it was no hello (refused). The fds are the caller's. */
+/* Has it hung up? An empty message reads the same. */
+static bool hung_up(const struct peer *peer)
+{
+    struct pollfd now = {.fd = peer->socket, .events = POLLRDHUP};
+    return poll(&now, 1, 0) == 1 && now.revents & (POLLRDHUP | POLLHUP | POLLERR);
+}
+
+/* Reads the hello: 1, 0 (not yet), or -1: it was none (it is refused, unless it said nothing at
+ * all, as who only tries whether somebody listens). The fds are the caller's. */
 static int receive(struct peer *peer, struct hello *hello)
 {
     union {
@@ -275,9 +283,14 @@ static int receive(struct peer *peer, struct hello *hello)
                 close(fd);
         }
     }
+    if (got <= 0 && !hello->fd_count && hung_up(peer)) {
+        skv_debug("pid %d connected and hung up", (int)peer->pid);
+        skv_peer_end(peer, SKV_OK, "");
+        return -1;
+    }
     const char *wrong = NULL;
     if (got <= 0)
-        wrong = "it hung up before its handshake";
+        wrong = "an empty message for a handshake";
     else if (got != sizeof hello->message || in.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
         wrong = "a handshake of the wrong size";
     if (!wrong)
@@ -336,15 +349,12 @@ static const char *check_hello(const struct daemon *daemon, const struct hello *
  * else the one sent, if it is of the pid that the socket names. */
 static const char *check_process(struct peer *peer, int sent)
 {
-    struct ucred who;
-    socklen_t size = sizeof who;
-    if (getsockopt(peer->socket, SOL_SOCKET, SO_PEERCRED, &who, &size))
+    if (peer->pid < 0)
         return "its credentials cannot be read";
-    if (who.uid != 0 && who.uid != geteuid())
+    if (peer->uid != 0 && peer->uid != geteuid())
         return "another user's process: the daemon serves its own user and root";
-    peer->pid = who.pid;
     int fd;
-    size = sizeof fd;
+    socklen_t size = sizeof fd;
     if (getsockopt(peer->socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &size) == 0) {
         peer->pidfd = fd;
         return NULL;
@@ -358,7 +368,7 @@ static const char *check_process(struct peer *peer, int sent)
             break;
     if (info)
         fclose(info);
-    if (pid != who.pid)
+    if (pid != peer->pid)
         return "its pidfd is not of its own process";
     peer->pidfd = fcntl(sent, F_DUPFD_CLOEXEC, 0);
     return peer->pidfd < 0 ? "no file descriptor left" : NULL;
@@ -556,6 +566,16 @@ static void on_hello(void *context, int32_t result)
     loop_poll(daemon->loop, &peer->bell, peer->sq_fd, POLLIN);
 }
 
+/* Who it is; pid -1: that cannot be read. */
+static void read_credentials(struct peer *peer)
+{
+    struct ucred who;
+    socklen_t size = sizeof who;
+    bool known = getsockopt(peer->socket, SOL_SOCKET, SO_PEERCRED, &who, &size) == 0;
+    peer->pid = known ? who.pid : -1;
+    peer->uid = known ? who.uid : (uid_t)-1;
+}
+
 void skv_accept(void *context, int32_t result)
 {
     struct daemon *daemon = context;
@@ -572,6 +592,7 @@ void skv_accept(void *context, int32_t result)
     } else if (fd >= 0) {
         peer->state = PEER_HELLO;
         peer->socket = fd;
+        read_credentials(peer);
         peer->session = ++daemon->session_ids;
         peer->due_ns = skv_now_ns() + HELLO_NS;
         peer->hangup = (struct watch){.done = on_hello, .context = peer};

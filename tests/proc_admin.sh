@@ -7,6 +7,13 @@ value() { sed -n "s/^ *$1  *\([0-9]*\).*/\1/p" "$work/out"; } # of `user` and `s
 
 cli ping
 ok "without a daemon a command fails and says how to start one" is 1 "sidekvd"
+ok "with the time in front" grep -Eq '^20[0-9]{2}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z sidekv\[[0-9]+\] error: ' "$work/err"
+export JOURNAL_STREAM
+JOURNAL_STREAM=$(stat -c %d:%i "$work/err") cli ping
+ok "or, for the journal, its priority" grep -q '^<3>sidekv\[' "$work/err"
+JOURNAL_STREAM=$(stat -c %d:%i "$work/out") cli ping
+ok "but not where stderr is another file" grep -q '^20.*Z sidekv\[' "$work/err"
+unset JOURNAL_STREAM
 start sidekvd
 awk 'BEGIN { print "userId,movieId,rating,timestamp"
     for (i = 0; i < 96; i++) for (u = 1; u <= 4; u++) printf "%d,%d,%.1f,%d\n", u, (i * 7 + u) % 50, i % 10 / 2, 1000 + i }' >"$work/log.csv"

@@ -126,7 +126,7 @@ static const struct script scripts[] = {
     GIFTS("a byte short", SKV_EPROTO, SIZE, WHOLE - 1, 0, PIDFD, GATES),
     GIFTS("a byte long", SKV_EPROTO, SIZE, WHOLE + 1, 0, PIDFD, GATES),
     GIFTS("one byte", SKV_EPROTO, SIZE, 1, 0, PIDFD, GATES),
-    GIFTS("no byte at all, with descriptors", SKV_EPROTO, "it hung up before its handshake", 0, 0,
+    GIFTS("no byte at all, with descriptors", SKV_EPROTO, "an empty message for a handshake", 0, 0,
           PIDFD, GATES),
     GIFTS("no descriptors", SKV_EPROTO, TWO_FDS, WHOLE, 0, 0),
     GIFTS("a pidfd only", SKV_EPROTO, TWO_FDS, WHOLE, 0, PIDFD),

@@ -165,6 +165,23 @@ Test(refusals, a_silent_client_is_dropped_and_holds_nobody_up)
     expect_undisturbed();
 }
 
+Test(refusals, who_only_looks_whether_somebody_listens_is_not_refused)
+{
+    struct wire_welcome welcome;
+    struct skv_stats stats;
+    for (int i = 0; i < 3; i++)
+        close(raw_connect(&rig));
+    int empty = raw_connect(&rig);
+    cr_assert(raw_send(empty, "", 0, NULL, 0));
+    cr_assert_eq(raw_receive(empty, &welcome, sizeof welcome, NULL, RAW_PATIENCE_MS),
+                 sizeof welcome);
+    cr_expect_eq(welcome.status, SKV_EPROTO, "an empty message is no hang-up");
+    close(empty);
+    cr_assert_eq(skv_stats(good, &stats), 0);
+    cr_expect_eq(stats.sessions_refused, 1);
+    expect_undisturbed();
+}
+
 /* ---- ring entries ---- */
 
 static void every_bad_entry(void)
@@ -404,6 +421,13 @@ Test(refusals, a_start_that_cannot_work_ends_with_an_error)
     expect_undisturbed();
     rig_stop(&rig, SIGTERM);
     cr_expect_eq(second_daemon(socket, rig.store, other), 1, "a store of another geometry");
+}
+
+Test(refusals, the_socket_is_its_owners_alone)
+{
+    struct stat about;
+    cr_assert_eq(stat(rig.socket, &about), 0);
+    cr_expect_eq(about.st_mode & 0777, 0600);
 }
 
 static void restart(int signal)
