@@ -73,6 +73,7 @@ static struct {
     uint8_t *memory; /* the session's, the same one every time */
     uint32_t sq_head, cq_tail;
     uint32_t turns; /* since the script is over */
+    uint32_t woken; /* how often the caller waited for nothing */
 } fake;
 
 /* ---- time, and memory that is mapped ---- */
@@ -594,9 +595,12 @@ int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout_ms)
     int ready;
     while ((ready = count ? __real_poll(fds, count, 0) : 0) == 0 && take_turn(in))
         ;
+    bool passes = ready == 0 || ++fake.woken % 64 == 0; /* a bell may ring always */
+    if (ready && passes)
+        take_turn(in);
     script = in;
     FUZZ_MUST(timeout_ms >= 0);
-    if (ready == 0)
+    if (passes)
         skew_ns += (uint64_t)timeout_ms * 1000000;
     return ready;
 }
