@@ -41,6 +41,7 @@ struct host_stream {
     _Atomic uint64_t done; /* operations ever done; written by the thread under lock */
     unsigned waiters;
     bool closing;
+    const char *hold; /* the device's */
 };
 
 static struct host_stream *host_of(struct skv_stream *stream)
@@ -71,7 +72,6 @@ static void execute(const struct operation *operation, const char *hold)
 static void *run(void *argument)
 {
     struct host_stream *host = argument;
-    const char *hold = ((struct skv_host_device *)host->stream.device)->hold;
     pthread_mutex_lock(&host->lock);
     for (;;) {
         uint64_t done = atomic_load_explicit(&host->done, memory_order_relaxed); /* own writes */
@@ -83,7 +83,7 @@ static void *run(void *argument)
         }
         struct operation operation = host->queue[done & (host->capacity - 1)];
         pthread_mutex_unlock(&host->lock);
-        execute(&operation, hold);
+        execute(&operation, host->hold);
         pthread_mutex_lock(&host->lock);
         /* Release: whoever sees the count, in skv_host_stream_query, sees the bytes. */
         atomic_store_explicit(&host->done, done + 1, memory_order_release);
@@ -225,6 +225,7 @@ int skv_host_stream_open(struct skv_device *device, struct skv_stream **out)
         return SKV_ENOMEM;
     }
     host->stream.device = device;
+    host->hold = ((struct skv_host_device *)device)->hold;
     host->queue = queue;
     host->capacity = QUEUE_START;
     pthread_condattr_t monotonic;

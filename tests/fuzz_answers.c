@@ -432,12 +432,14 @@ static void grant(struct fuzz_input *in, struct wire_slot *slot, uint32_t i)
                            .page_offset = i * SKV_MAX_USER_PAGES,
                            .page_count = ((append ? r->history : cached) + 15) / 16,
                            .lease = 1000 + i};
-    if (how & 16) { /* a tail to check: ours, or another */
+    if (how & 16 && cached < r->history) { /* a tail to check: ours, or another */
         g.tail_valid = cached % page_tokens;
         uint32_t start = cached - g.tail_valid, page = start / page_tokens;
         uint64_t before =
             page ? slot->hashes[r->hash_offset + page - 1] : skv_chain_start(model, r->user);
         g.tail_hash = skv_chain_link(before, tokens + start, g.tail_valid) + (how & 32 ? 1 : 0);
+        if (append && how & 64) /* a fresh page is to replace it */
+            g.cached = g.gpu_tokens = start;
     }
     if (how & 64)
         g.flags |= SKV_GRANT_GATED;
@@ -475,6 +477,9 @@ static bool answer(struct fuzz_input *in, uint8_t how)
     case WIRE_LIST:
         cqe.count = how & 4 ? fuzz_u32(in) : sqe.count;
         cqe.value[0] = fuzz_u8(in);
+        break;
+    case WIRE_STATS:
+        cqe.count = how & 4 ? fuzz_u32(in) : sizeof(struct skv_stats) / sizeof(uint64_t);
         break;
     }
     if (how & 8)

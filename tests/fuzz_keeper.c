@@ -41,7 +41,7 @@ static struct keeper_sessions *sessions;
 static struct daemon fuzz_daemon;
 static struct held held;
 static int ends[2]; /* of the keeper's socket: its own, its daemon's */
-static bool standby;
+static struct heard heard;
 
 /* ---- the manager ---- */
 
