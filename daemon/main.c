@@ -92,11 +92,9 @@ static int claim(struct daemon *daemon)
     return SKV_OK; /* held until the process ends */
 }
 
-/* Makes the socket, before anything is made that it is to serve: a path that does not do ends the
- * start. Who connects is turned away until listen() is called. */
-static int bind_socket(struct daemon *daemon)
+/* Returns a socket that is bound to the path. */
+static int bind_at(const char *path)
 {
-    const char *path = daemon->options.socket;
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     memcpy(address.sun_path, path, strlen(path)); /* options_parse() saw that it fits */
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -113,8 +111,31 @@ static int bind_socket(struct daemon *daemon)
         close(fd);
         return SKV_EIO;
     }
-    daemon->listener = fd;
+    return fd;
+}
+
+/* Before anything is made that is to be served there: a path that does not do ends the start. */
+static int try_socket(const char *path)
+{
+    int fd = bind_at(path);
+    if (fd < 0)
+        return fd;
+    unlink(path); /* there is one when it is listened at */
+    close(fd);
     return SKV_OK;
+}
+
+/* The last step of the start: who can connect is served. */
+static int listen_at(const char *path)
+{
+    int fd = bind_at(path);
+    if (fd >= 0 && listen(fd, 128)) {
+        skv_error("cannot listen at %s: %s", path, strerror(errno));
+        unlink(path);
+        close(fd);
+        return SKV_EIO;
+    }
+    return fd;
 }
 
 /* The descriptor table: a memfd that workers get read-only. *made: the same, writable, for the
@@ -249,7 +270,7 @@ static int claim_all(struct daemon *daemon)
     if (!status)
         status = claim(daemon);
     if (!status)
-        status = bind_socket(daemon);
+        status = try_socket(daemon->options.socket);
     return status ? status : claim_store(daemon);
 }
 
@@ -392,10 +413,8 @@ static int open_all(struct daemon *daemon)
     }
     skv_kept_watch(daemon);
     skv_failpoint(FAIL_start_listening);
-    if (listen(daemon->listener, 128)) {
-        skv_error("cannot listen at %s: %s", o->socket, strerror(errno));
-        return SKV_EIO;
-    }
+    if ((daemon->listener = status = listen_at(o->socket)) < 0)
+        return status;
     skv_info("%s at %s: %s, %llu pages of %llu KiB, store %s, %s", SKV_VERSION, o->socket,
              skv_device_info(daemon->device)->name, (unsigned long long)pages,
              (unsigned long long)page_bytes >> 10, o->store ? o->store : "none", what);
