@@ -185,14 +185,6 @@ static void let_flip(bool on)
 
 /* ---- the daemon: its start ---- */
 
-static int memory(uint64_t bytes, int seals)
-{
-    int fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    FUZZ_MUST(fd >= 0 && ftruncate(fd, (off_t)bytes) == 0);
-    FUZZ_MUST(fcntl(fd, F_ADD_SEALS, seals) == 0);
-    return fd;
-}
-
 static void make_kinds(void)
 {
     const int fixed = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
@@ -201,14 +193,15 @@ static void make_kinds(void)
     int ends[2];
     FUZZ_MUST(pipe2(ends, O_CLOEXEC) == 0);
     const int made[KINDS] = {
-        [MEMORY] = memory(session_bytes, fixed),
+        [MEMORY] = fuzz_memory(session_bytes, fixed),
         [SQ] = eventfd(0, EFD_CLOEXEC),
         [CQ] = eventfd(0, EFD_CLOEXEC),
-        [TABLE] = memory(sizeof(struct wire_table) + pages * sizeof(struct wire_page_entry), fixed),
-        [EXTENT] = memory(EXTENT_BYTES, fixed),
-        [SHORT] = memory(4096, fixed),
-        [UNSEALED] = memory(session_bytes, F_SEAL_GROW),
-        [READ_ONLY] = memory(session_bytes, fixed | F_SEAL_WRITE),
+        [TABLE] =
+            fuzz_memory(sizeof(struct wire_table) + pages * sizeof(struct wire_page_entry), fixed),
+        [EXTENT] = fuzz_memory(EXTENT_BYTES, fixed),
+        [SHORT] = fuzz_memory(4096, fixed),
+        [UNSEALED] = fuzz_memory(session_bytes, F_SEAL_GROW),
+        [READ_ONLY] = fuzz_memory(session_bytes, fixed | F_SEAL_WRITE),
         [FULL_BELL] = eventfd(0, EFD_CLOEXEC),
         [PIPE_OUT] = ends[0],
         [PIPE_IN] = ends[1],

@@ -1,13 +1,17 @@
-/* What fuzzers share: what must be so, an input taken as bytes and numbers, and a count of fds. */
+/* What fuzzers share: what must be so, an input taken as bytes and numbers, memfds, and a count of
+ * fds. */
 #ifndef SKV_FUZZ_INPUT_H
 #define SKV_FUZZ_INPUT_H
 
 #include <dirent.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define FUZZ_MUST(condition)                                                                       \
     do {                                                                                           \
@@ -48,6 +52,15 @@ static inline uint32_t fuzz_u32(struct fuzz_input *in)
     uint32_t value;
     fuzz_take(in, &value, sizeof value);
     return value;
+}
+
+/* A memfd. */
+static inline int fuzz_memory(uint64_t bytes, int seals)
+{
+    int fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    FUZZ_MUST(fd >= 0 && ftruncate(fd, (off_t)bytes) == 0);
+    FUZZ_MUST(fcntl(fd, F_ADD_SEALS, seals) == 0);
+    return fd;
 }
 
 /* Open now. */

@@ -149,14 +149,6 @@ int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout_ms)
 
 /* ---- the start ---- */
 
-static int memory(uint64_t bytes, int seals)
-{
-    int fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    FUZZ_MUST(fd >= 0 && ftruncate(fd, (off_t)bytes) == 0);
-    FUZZ_MUST(fcntl(fd, F_ADD_SEALS, seals) == 0);
-    return fd;
-}
-
 static void make_kinds(void)
 {
     const int fixed = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
@@ -165,13 +157,13 @@ static void make_kinds(void)
     pid_t child = fork();
     if (child == 0)
         _exit(0);
-    const int made[KINDS] = {[EXTENT] = memory(EXTENT_BYTES, fixed),
-                             [TABLE] = memory(table_bytes, fixed),
-                             [SESSIONS] = memory(sizeof *sessions, fixed),
+    const int made[KINDS] = {[EXTENT] = fuzz_memory(EXTENT_BYTES, fixed),
+                             [TABLE] = fuzz_memory(table_bytes, fixed),
+                             [SESSIONS] = fuzz_memory(sizeof *sessions, fixed),
                              [PROCESS] = (int)syscall(SYS_pidfd_open, child, 0),
                              [BELL] = eventfd(0, EFD_CLOEXEC),
                              [RUNG_BELL] = eventfd(1, EFD_CLOEXEC),
-                             [SMALL] = memory(100, fixed),
+                             [SMALL] = fuzz_memory(100, fixed),
                              [NOTHING] = open("/dev/null", O_RDWR | O_CLOEXEC)};
     waitpid(child, NULL, 0); /* gone, and what is sent to it kills nobody */
     for (int i = 0; i < KINDS; i++) {
