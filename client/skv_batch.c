@@ -55,6 +55,12 @@ static uint32_t write_request(const struct skv *skv, struct wire_slot *slot, uin
 
 /* ---- grants ---- */
 
+/* Where a grant's half-filled tail begins, whether it is counted in `cached` or to be replaced. */
+static uint32_t tail_start(const struct skv *skv, const struct wire_grant *g)
+{
+    return g->cached - g->cached % skv->options.geometry.page_tokens;
+}
+
 /* Checks grant `i` against what its request asked for, and copies it out. NULL, or what is wrong
  * with it. */
 static const char *read_grant(const struct skv *skv, struct wire_slot *slot, uint32_t i,
@@ -79,7 +85,7 @@ static const char *read_grant(const struct skv *skv, struct wire_slot *slot, uin
         g->page_offset > WIRE_SLOT_PAGES || g->page_count > WIRE_SLOT_PAGES - g->page_offset)
         return "a grant's page list";
     /* It is counted, or a fresh page replaces it; the history goes on behind it. */
-    uint32_t start = g->cached - g->cached % page_tokens, end = start + g->tail_valid;
+    uint32_t start = tail_start(skv, g), end = start + g->tail_valid;
     if (g->tail_valid && (g->tail_valid >= page_tokens || end >= r->history ||
                           (g->cached != end && !(append && g->cached == start))))
         return "a grant's tail";
@@ -106,8 +112,7 @@ static bool tail_equal(const struct skv *skv, const struct wire_slot *slot, uint
     if (g->status || !g->tail_valid)
         return true;
     const struct skv_request *r = &asking->requests[i];
-    uint32_t page = g->cached / skv->options.geometry.page_tokens;
-    uint32_t start = page * skv->options.geometry.page_tokens;
+    uint32_t start = tail_start(skv, g), page = start / skv->options.geometry.page_tokens;
     uint64_t previous = page ? slot->hashes[asking->hash_offset[i] + page - 1]
                              : skv_chain_start(skv->options.model, r->user);
     return skv_chain_link(previous, r->tokens + start, g->tail_valid) == g->tail_hash;
@@ -129,7 +134,7 @@ static int read_grants(struct skv *skv, struct asking *asking, struct skv_batch 
         if (tail_equal(skv, slot, i, asking, &grant))
             continue;
         ++*differing;
-        uint32_t start = grant.cached - grant.cached % skv->options.geometry.page_tokens;
+        uint32_t start = tail_start(skv, &grant);
         asking->max_cached[i] = round < SKV_TAIL_RETRIES ? start : 0;
         slot->requests[i].max_cached = asking->max_cached[i];
         slot->requests[i].flags = asking->requests[i].flags | WIRE_TAIL_DIFFERS;
