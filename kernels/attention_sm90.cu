@@ -144,9 +144,9 @@ template <int D> struct producer {
                                          uint32_t chunk, bool joined)
     {
         if (!joined)
-            load_box(to, map, row, chunk, at.full(ring.slot));
+            load_box(to, map, row, chunk, at.full(ring.slot), p.policy);
         else if (ring.slot % 2 == cluster_rank())
-            load_box_both(to, map, row, chunk, at.full(ring.slot));
+            load_box_both(to, map, row, chunk, at.full(ring.slot), p.policy);
     }
 
     /* Row of the pool's map where key `key` of this layer's K (kv 0) or V (kv 1) lies. Whole warp.
@@ -220,7 +220,7 @@ template <int D> struct producer {
             barrier_arrive_expect(full, any ? config<D>::Q_BYTES : 0);
             if (any)
                 load_box(at.q + g * config<D>::Q_BYTES, &p.m_q, it->row + row,
-                         (2 * p.heads + it->work.head) * config<D>::CHUNKS, full);
+                         (2 * p.heads + it->work.head) * config<D>::CHUNKS, full, p.policy);
         }
         __syncwarp();
     }
@@ -731,6 +731,7 @@ int launch(const struct state *state, const struct hstu_attention_args *args, cu
     p.batch = args->batch;
     p.partial = args->partial;
     p.rounded = args->rounded;
+    p.policy = args->spares_l2 ? L2_FIRST_OUT : L2_USUAL;
     p.rows = args->rows;
     p.group = args->group;
     p.heads = args->geometry.heads;

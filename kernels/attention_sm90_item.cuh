@@ -72,7 +72,8 @@ struct parameters {
     CUtensorMap m_q, m_k, m_v, pool_k, pool_v;
     struct hstu_device_batch batch;
     float *partial;
-    bool rounded; /* the output of tiles of one slice, to bf16 */
+    bool rounded;    /* the output of tiles of one slice, to bf16 */
+    uint64_t policy; /* of every load */
     uint32_t rows, group, heads, layer, layers;
     uint32_t page_shift; /* log2 S */
     struct boxes pool;

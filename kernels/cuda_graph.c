@@ -43,6 +43,10 @@ uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index)
 /* Starting a kernel before the last one has ended pays for grids of one wave: this many rows. */
 enum { EARLY_ROWS = 2048 };
 
+/* Up to so many rows, a layer's activations stay in the L2 if weights, and what attention reads,
+ * give way to them: 2 to 5 %. In larger graphs several blocks need those again. */
+enum { SPARED_L2_ROWS = 1536 };
+
 typedef CUresult wait_value_fn(CUstream stream, CUdeviceptr address, cuuint32_t value,
                                unsigned int flags);
 
@@ -194,7 +198,9 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
     const uint32_t hd = m->geometry.heads * m->geometry.head_dim;
     struct hstu_attention_args attention;
     hstu_cuda_attention_args(c, layer, rows, &attention);
+    const bool spares_l2 = rows <= SPARED_L2_ROWS;
     attention.early = true;
+    attention.spares_l2 = spares_l2;
     struct hstu_project_args project = {.y = a->normed,
                                         .b = w->projection,
                                         .x = a->x,
@@ -203,7 +209,8 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
                                         .n = m->embed,
                                         .k = hd,
                                         .sm_count = (uint32_t)c->sm_count,
-                                        .early = true};
+                                        .early = true,
+                                        .spares_l2 = spares_l2};
     struct hstu_moments_args moments = {.row_sequence = a->row_sequence,
                                         .x = a->x,
                                         .out = a->x_moments,
@@ -224,7 +231,8 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
                                   .parts = layer ? hstu_project_sm90_parts(&project) : 1,
                                   .sm_count = (uint32_t)c->sm_count,
                                   .eps = m->eps,
-                                  .early = true};
+                                  .early = true,
+                                  .spares_l2 = spares_l2};
     /* In a small graph UVQK gains from an early start, y hardly: the next layer's gate goes before
      * y. In a large one that would only be a wait too soon. */
     const bool ahead = rows <= EARLY_ROWS, last = layer + 1 == m->geometry.layers;

@@ -161,6 +161,7 @@ struct hstu_uvqk_args {
     float eps;
     bool early;            /* may start while the kernel before it ends */
     enum hstu_tiles tiles; /* ANY, but in tests */
+    bool spares_l2;        /* weights leave the L2 first */
 };
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream);
 
@@ -173,6 +174,7 @@ struct hstu_project_args {
     uint32_t rows, n, k, sm_count;
     bool early;
     enum hstu_tiles tiles; /* ANY, but in tests */
+    bool spares_l2;        /* weights leave the L2 first */
 };
 int hstu_launch_project_sm90(const struct hstu_project_args *args, void *stream);
 /* How many parts the moments have. */

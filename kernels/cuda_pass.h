@@ -89,6 +89,7 @@ struct hstu_attention_args {
     /* May start before the kernel before it ends, where the path can: that kernel then lets its
      * dependents start no sooner than everything before it has ended. */
     bool early;
+    bool spares_l2; /* what it reads leaves the L2 first */
 };
 
 struct hstu_attention_path {

@@ -128,15 +128,15 @@ template <typename S> struct stage_ring {
 
     /* b of one step into the stage; in a cluster each block's half, for both. */
     __device__ __forceinline__ void load_b(const CUtensorMap *map, uint32_t step, uint32_t column0,
-                                           uint32_t rank) const
+                                           uint32_t rank, uint64_t policy) const
     {
         uint32_t b = at() + S::A_BYTES;
         if (S::CLUSTER == 1) {
-            sm90::load_box(b, map, step * S::DEPTH, column0 / 64, full(stage));
+            sm90::load_box(b, map, step * S::DEPTH, column0 / 64, full(stage), policy);
         } else {
             constexpr uint32_t CHUNKS = S::CHUNKS / S::CLUSTER;
             sm90::load_box_both(b + rank * CHUNKS * S::CHUNK_BYTES, map, step * S::DEPTH,
-                                column0 / 64 + rank * CHUNKS, full(stage));
+                                column0 / 64 + rank * CHUNKS, full(stage), policy);
         }
     }
 
@@ -168,7 +168,7 @@ __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *
         auto next = ring;
         for (uint32_t step = 0; step < ahead; step++, next.advance()) {
             next.announce(S::STAGE_BYTES);
-            next.load_b(&p.b, step, column0, tiles.rank());
+            next.load_b(&p.b, step, column0, tiles.rank(), p.b_policy);
         }
         if (first) {
             sm90::dependency_wait();
@@ -178,9 +178,9 @@ __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *
         for (uint32_t step = 0; step < steps; step++, ring.advance()) {
             if (step >= ahead) {
                 ring.announce(S::STAGE_BYTES);
-                ring.load_b(&p.b, step, column0, tiles.rank());
+                ring.load_b(&p.b, step, column0, tiles.rank(), p.b_policy);
             }
-            sm90::load_box(ring.at(), a, row0, step, ring.full(ring.stage));
+            sm90::load_box(ring.at(), a, row0, step, ring.full(ring.stage), sm90::L2_USUAL);
         }
     }
 }

@@ -53,6 +53,7 @@ struct parameters {
     CUtensorMap y, b, x, out; /* out is x too, in boxes of a warp's staging */
     hstu_moments *moments;
     uint32_t rows, n, k;
+    uint64_t b_policy;
 };
 
 /* ---- producer ---- */
@@ -64,7 +65,7 @@ __device__ __forceinline__ void load_x(const parameters &p, const stage_ring<S> 
 {
     for (uint32_t g = 0; g < S::GROUPS; g++)
         sm90::load_box(ring.at() + g * 64 * S::X_COLUMNS * 2, &p.x, row0 + g * 64, column / 64,
-                       ring.full(ring.stage));
+                       ring.full(ring.stage), sm90::L2_USUAL);
 }
 
 /* ---- consumers ---- */
@@ -240,6 +241,7 @@ template <typename S> int launch(const struct hstu_project_args *args, cudaStrea
     p.rows = rows;
     p.n = n;
     p.k = k;
+    p.b_policy = args->spares_l2 ? sm90::L2_FIRST_OUT : sm90::L2_USUAL;
     return launch_tiles<S>(project_kernel<S>, p, tiles_of<S>(rows, n), args->sm_count, S::SHARED,
                            args->early, stream);
 }

@@ -56,6 +56,7 @@ struct parameters {
     const uint32_t *slot;
     page_layout pages;
     uint32_t rows, n, k, parts;
+    uint64_t b_policy;
     float part_share, value_share; /* 1 / parts, 1 / k */
     float eps;
 };
@@ -380,6 +381,7 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.rows = args->rows;
     p.n = args->n;
     p.k = args->k;
+    p.b_policy = args->spares_l2 ? sm90::L2_FIRST_OUT : sm90::L2_USUAL;
     p.parts = args->parts;
     p.part_share = 1.0f / args->parts;
     p.value_share = 1.0f / args->k;
