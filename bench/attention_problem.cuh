@@ -33,7 +33,6 @@ struct problem {
     uint32_t pages;
     float inverse_n;
     struct hstu_attention_args args;
-    void *state;
     const struct hstu_attention_path *path;
 };
 
@@ -210,10 +209,6 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
                                        sizeof(float));
     free(work);
     free(slices);
-    if (p->path->open(a, &p->state)) {
-        fprintf(stderr, "bench_attention: path %s does not open\n", p->path->name);
-        exit(1);
-    }
 }
 
 static void clear(struct problem *p)
@@ -234,13 +229,12 @@ static void clear(struct problem *p)
                          a->batch.next};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         CHECK(cudaFree((void *)all[i]));
-    p->path->close(p->state);
     free(p->page);
 }
 
 static void launch(struct problem *p, cudaStream_t stream)
 {
-    if (p->path->launch(p->state, &p->args, stream))
+    if (p->path->launch(&p->args, stream))
         exit(1);
 }
 

@@ -274,22 +274,23 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-template <int D> int blocks_per_sm(const void *kernel)
+template <int D> int launch_for(const hstu_attention_args *args, cudaStream_t stream)
 {
-    int blocks = 0;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             layout<D>::BYTES) != cudaSuccess ||
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, layout<D>::BYTES) !=
-            cudaSuccess)
-        return 0;
-    return blocks;
-}
-
-template <int D> int launch_for(const hstu_attention_args *args, cudaStream_t stream, int per_sm)
-{
-    attention_kernel<D><<<args->sm_count * per_sm, THREADS, layout<D>::BYTES, stream>>>(
-        *args, 1.0f / sqrtf((float)D));
-    return cudaGetLastError() == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+    int per_sm = 0; /* blocks that a multiprocessor holds */
+    cudaError_t e = cudaFuncSetAttribute(
+        attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, layout<D>::BYTES);
+    if (e == cudaSuccess)
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, attention_kernel<D>, THREADS,
+                                                          layout<D>::BYTES);
+    if (e == cudaSuccess) {
+        attention_kernel<D><<<args->sm_count * per_sm, THREADS, layout<D>::BYTES, stream>>>(
+            *args, 1.0f / sqrtf((float)D));
+        e = cudaGetLastError();
+    }
+    if (e == cudaSuccess)
+        return SKV_OK;
+    skv_error("portable attention: %s", cudaGetErrorString(e));
+    return SKV_EDEVICE;
 }
 
 uint32_t tile_rows(uint32_t head_dim)
@@ -298,49 +299,21 @@ uint32_t tile_rows(uint32_t head_dim)
     return TILE_ROWS;
 }
 
-/* The state is the number of blocks a multiprocessor holds, as a pointer's value. */
-int path_open(const hstu_attention_args *args, void **state)
+int path_launch(const hstu_attention_args *args, void *stream)
 {
-    int per_sm = 0;
-    switch (args->geometry.head_dim) {
-    case 64:
-        per_sm = blocks_per_sm<64>((const void *)attention_kernel<64>);
-        break;
-    case 128:
-        per_sm = blocks_per_sm<128>((const void *)attention_kernel<128>);
-        break;
-    case 256:
-        per_sm = blocks_per_sm<256>((const void *)attention_kernel<256>);
-        break;
-    }
-    if (per_sm == 0) {
-        skv_error("portable attention: %s", cudaGetErrorString(cudaGetLastError()));
-        return SKV_EDEVICE;
-    }
-    *state = (void *)(uintptr_t)per_sm;
-    return SKV_OK;
-}
-
-void path_close(void *state)
-{
-    (void)state;
-}
-
-int path_launch(void *state, const hstu_attention_args *args, void *stream)
-{
-    int per_sm = (int)(uintptr_t)state;
     cudaStream_t s = (cudaStream_t)stream;
     switch (args->geometry.head_dim) {
     case 64:
-        return launch_for<64>(args, s, per_sm);
+        return launch_for<64>(args, s);
     case 128:
-        return launch_for<128>(args, s, per_sm);
-    default:
-        return launch_for<256>(args, s, per_sm);
+        return launch_for<128>(args, s);
+    case 256:
+        return launch_for<256>(args, s);
     }
+    return SKV_ENOTSUP;
 }
 
 } // namespace
 
 extern "C" const struct hstu_attention_path hstu_attention_portable = {
-    "portable", tile_rows, KEY_STEP, 1, false, path_open, path_close, path_launch};
+    "portable", tile_rows, KEY_STEP, 1, false, path_launch};

@@ -28,11 +28,8 @@
 #include "attention_sm90_item.cuh"
 
 #include <cuda_runtime.h>
-#include <stdlib.h>
 
-extern "C" {
-#include "log.h"
-}
+#include "tensor_map.cuh"
 
 using namespace sm90;
 
@@ -644,44 +641,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
 
 /* ---- host ---- */
 
-struct state {
-    CUresult (*encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                       const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
-                       CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                       CUtensorMapFloatOOBfill);
-};
-
-int cuda_status(cudaError_t error, const char *what)
-{
-    if (error == cudaSuccess)
-        return 0;
-    skv_error("attention_sm90: %s: %s", what, cudaGetErrorString(error));
-    return SKV_EDEVICE;
-}
-
-/* A row-major bf16 tensor [rows][columns] as {64, rows, columns / 64}, in boxes of `rows_box` by
- * `chunks_box`: a box lies in shared memory as chunks of swizzled rows, as wgmma wants it. Rows
- * past the end read as zeros. */
-int encode_map(const struct state *state, CUtensorMap *map, const void *base, uint64_t rows,
-               uint64_t columns, uint32_t rows_box, uint32_t chunks_box)
-{
-    cuuint64_t sizes[3] = {64, rows, columns / 64};
-    cuuint64_t strides[2] = {columns * 2, 128};
-    cuuint32_t box[3] = {64, rows_box, chunks_box}, steps[3] = {1, 1, 1};
-    CUresult result =
-        state->encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, sizes, strides, box,
-                      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result == CUDA_SUCCESS)
-        return 0;
-    skv_error("attention_sm90: tensor map of %llu x %llu, box %u x %u: driver error %d",
-              (unsigned long long)rows, (unsigned long long)columns, rows_box, chunks_box, result);
-    return SKV_EDEVICE;
-}
-
-template <int D>
-int encode_maps(const struct state *state, const struct hstu_attention_args *args,
-                struct parameters *p)
+template <int D> int encode_maps(const struct hstu_attention_args *args, struct parameters *p)
 {
     constexpr uint32_t CHUNKS = config<D>::CHUNKS, V_KEYS = config<D>::V_KEYS;
     const struct skv_geometry *g = &args->geometry;
@@ -692,10 +652,9 @@ int encode_maps(const struct state *state, const struct hstu_attention_args *arg
     p->pool.v_shift = __builtin_ctz(pool_v_rows);
     p->pool.v_whole = pool_v_rows == V_KEYS;
     uint32_t v_rows = V_KEYS < HALF ? V_KEYS : HALF;
-    int status = encode_map(state, &p->m_q, args->m, args->rows, wide, HALF, CHUNKS);
-    status = status ? status : encode_map(state, &p->m_k, args->m, args->rows, wide, HALF, 1);
-    status =
-        status ? status : encode_map(state, &p->m_v, args->m, args->rows, wide, v_rows, CHUNKS);
+    int status = encode(&p->m_q, args->m, args->rows, wide, HALF, CHUNKS);
+    status = status ? status : encode(&p->m_k, args->m, args->rows, wide, HALF, 1);
+    status = status ? status : encode(&p->m_v, args->m, args->rows, wide, v_rows, CHUNKS);
     if (status || !args->pool || !args->pool_pages) {
         p->pool_k = p->m_k; /* never used: no sequence has a prefix */
         p->pool_v = p->m_v;
@@ -707,25 +666,16 @@ int encode_maps(const struct state *state, const struct hstu_attention_args *arg
                   (unsigned long long)rows);
         return SKV_ENOTSUP;
     }
-    status = encode_map(state, &p->pool_k, args->pool, rows, D, k_rows, 1);
-    return status ? status
-                  : encode_map(state, &p->pool_v, args->pool, rows, D, pool_v_rows,
-                               p->pool.v_whole ? CHUNKS : 1);
+    status = encode(&p->pool_k, args->pool, rows, D, k_rows, 1);
+    return status
+               ? status
+               : encode(&p->pool_v, args->pool, rows, D, pool_v_rows, p->pool.v_whole ? CHUNKS : 1);
 }
 
-template <int D> int prepare()
-{
-    return cuda_status(cudaFuncSetAttribute(attention_kernel<D>,
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            shared_bytes<D>()),
-                       "shared memory");
-}
-
-template <int D>
-int launch(const struct state *state, const struct hstu_attention_args *args, cudaStream_t stream)
+template <int D> int launch(const struct hstu_attention_args *args, cudaStream_t stream)
 {
     struct parameters p = {};
-    int status = encode_maps<D>(state, args, &p);
+    int status = encode_maps<D>(args, &p);
     if (status)
         return status;
     p.batch = args->batch;
@@ -748,7 +698,14 @@ int launch(const struct state *state, const struct hstu_attention_args *args, cu
     grid.stream = stream;
     grid.attrs = &attribute;
     grid.numAttrs = args->early ? 1 : 0;
-    return cuda_status(cudaLaunchKernelEx(&grid, attention_kernel<D>, p), "launch");
+    cudaError_t e = cudaFuncSetAttribute(
+        attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>());
+    if (e == cudaSuccess)
+        e = cudaLaunchKernelEx(&grid, attention_kernel<D>, p);
+    if (e == cudaSuccess)
+        return SKV_OK;
+    skv_error("attention_sm90: %s", cudaGetErrorString(e));
+    return SKV_EDEVICE;
 }
 
 uint32_t path_tile_rows(uint32_t head_dim)
@@ -757,45 +714,15 @@ uint32_t path_tile_rows(uint32_t head_dim)
     return ROWS;
 }
 
-void path_close(void *state)
+int path_launch(const struct hstu_attention_args *args, void *stream)
 {
-    free(state);
-}
-
-int path_open(const struct hstu_attention_args *args, void **out)
-{
-    struct state *state = (struct state *)calloc(1, sizeof *state);
-    if (!state)
-        return SKV_ENOMEM;
-    void *entry = NULL;
-    cudaDriverEntryPointQueryResult found;
-    int status = cuda_status(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                              12000, cudaEnableDefault, &found),
-                             "cuTensorMapEncodeTiled");
-    if (!status && found != cudaDriverEntryPointSuccess)
-        status = SKV_ENODEVICE;
-    *(void **)&state->encode = entry;
-    uint32_t dim = args->geometry.head_dim;
-    if (!status)
-        status = dim == 256 ? prepare<256>() : dim == 128 ? prepare<128>() : prepare<64>();
-    if (status) {
-        path_close(state);
-        return status;
-    }
-    *out = state;
-    return 0;
-}
-
-int path_launch(void *opaque, const struct hstu_attention_args *args, void *stream)
-{
-    const struct state *state = (const struct state *)opaque;
     switch (args->geometry.head_dim) {
     case 64:
-        return launch<64>(state, args, (cudaStream_t)stream);
+        return launch<64>(args, (cudaStream_t)stream);
     case 128:
-        return launch<128>(state, args, (cudaStream_t)stream);
+        return launch<128>(args, (cudaStream_t)stream);
     case 256:
-        return launch<256>(state, args, (cudaStream_t)stream);
+        return launch<256>(args, (cudaStream_t)stream);
     }
     return SKV_ENOTSUP;
 }
@@ -803,5 +730,5 @@ int path_launch(void *opaque, const struct hstu_attention_args *args, void *stre
 } // namespace
 
 extern "C" const struct hstu_attention_path hstu_attention_sm90 = {
-    "sm90", path_tile_rows, KEYS, 2, true, path_open, path_close, path_launch,
+    "sm90", path_tile_rows, KEYS, 2, true, path_launch,
 };

@@ -111,10 +111,10 @@ static bool is_rounded(const struct hstu_cuda *c, uint32_t rows)
     return hstu_sums_rounded(c->path, hstu_plan_slices(rows));
 }
 
-void hstu_cuda_attention_args(const struct hstu_cuda *c, uint32_t layer, uint32_t rows,
-                              struct hstu_attention_args *out)
+static struct hstu_attention_args attention_args(const struct hstu_cuda *c, uint32_t layer,
+                                                 uint32_t rows)
 {
-    *out = (struct hstu_attention_args){
+    return (struct hstu_attention_args){
         .geometry = c->model.geometry,
         .layer = layer,
         .rows = rows,
@@ -196,8 +196,7 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
     const struct hstu_cuda_arena *a = &c->arena;
     const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
     const uint32_t hd = m->geometry.heads * m->geometry.head_dim;
-    struct hstu_attention_args attention;
-    hstu_cuda_attention_args(c, layer, rows, &attention);
+    struct hstu_attention_args attention = attention_args(c, layer, rows);
     const bool spares_l2 = rows <= SPARED_L2_ROWS;
     attention.early = true;
     attention.spares_l2 = spares_l2;
@@ -240,7 +239,7 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
     if (status == SKV_OK && layer == 0)
         status = hstu_launch_moments(&moments, c->stream);
     if (status != SKV_OK || (status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
-        (status = c->path->launch(c->path_state, &attention, c->stream)) != SKV_OK ||
+        (status = c->path->launch(&attention, c->stream)) != SKV_OK ||
         (ahead && !last && (status = enqueue_gate(c, layer + 1, gated)) != SKV_OK) ||
         (status = enqueue_y(c, rows, layer)) != SKV_OK)
         return status;
@@ -269,15 +268,14 @@ static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, boo
                                           .geometry = m->geometry,
                                           .rows = rows,
                                           .layer = layer};
-    struct hstu_attention_args attention;
-    hstu_cuda_attention_args(c, layer, rows, &attention);
+    struct hstu_attention_args attention = attention_args(c, layer, rows);
     int status;
     if ((status = enqueue_gate(c, layer, gated)) != SKV_OK ||
         (status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
         (status = hstu_gemm_run(uvqk, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream)) !=
             SKV_OK ||
         (status = hstu_launch_activate(&activate, c->stream)) != SKV_OK ||
-        (status = c->path->launch(c->path_state, &attention, c->stream)) != SKV_OK ||
+        (status = c->path->launch(&attention, c->stream)) != SKV_OK ||
         (status = enqueue_y(c, rows, layer)) != SKV_OK)
         return status;
     return hstu_gemm_run(projection, a->normed, w->projection, NULL, a->x, c->stream);

@@ -74,7 +74,7 @@ struct hstu_device_batch {
 struct hstu_attention_args {
     struct skv_geometry geometry;
     uint32_t layer;
-    uint32_t rows;   /* of the graph, padding included; for open(): of the largest graph */
+    uint32_t rows;   /* of the graph, padding included */
     uint32_t group;  /* g */
     float inverse_n; /* 1 / N, applied once, to the sum of slices, by the kernel that sums them */
     const void *m;
@@ -103,14 +103,10 @@ struct hstu_attention_path {
     uint32_t unit_items;
     bool rounds; /* sums of tiles of one slice to bf16 in every graph, not only where there is one
                     plane */
-    /* Anything to prepare before capture (function attributes, tensor maps over m and the pool),
-     * once per runner: the addresses in `args` are those of every later launch. `state` is the
-     * path's own; free it with close. */
-    int (*open)(const struct hstu_attention_args *args, void **state);
-    void (*close)(void *state);
     /* Enqueues attention of args->layer on the stream (a cudaStream_t): a persistent grid that
-     * walks the work list. Called while the stream is being captured. */
-    int (*launch)(void *state, const struct hstu_attention_args *args, void *stream);
+     * walks the work list. Called while the stream is being captured. SKV_EDEVICE, SKV_ENOTSUP,
+     * logged. */
+    int (*launch)(const struct hstu_attention_args *args, void *stream);
 };
 
 /* args.rounded for a graph of so many planes. */

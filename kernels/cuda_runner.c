@@ -69,8 +69,6 @@ static void cuda_close(void *state)
     if (c->stream)
         cudaStreamSynchronize(c->stream);
     hstu_cuda_graphs_close(c);
-    if (c->path && c->path_state)
-        c->path->close(c->path_state);
     hstu_gemm_close(c->gemm);
     for (uint32_t l = 0; l < SKV_MAX_LAYERS; l++)
         if (c->joined[l])
@@ -130,12 +128,8 @@ static int prepare(struct hstu_cuda *c)
     }
     if ((status = streams_open(c)) != SKV_OK || (status = hstu_cuda_memory_open(c)) != SKV_OK)
         return status;
-    if (!c->fused &&
-        (status = hstu_gemm_open(c->arena.workspace, c->arena.workspace_bytes, &c->gemm)) != SKV_OK)
-        return status;
-    struct hstu_attention_args args;
-    hstu_cuda_attention_args(c, 0, c->arena_rows, &args);
-    return c->path->open(&args, &c->path_state);
+    return c->fused ? SKV_OK
+                    : hstu_gemm_open(c->arena.workspace, c->arena.workspace_bytes, &c->gemm);
 }
 
 static int cuda_open(const struct hstu_runner_options *o, void **state)

@@ -106,7 +106,6 @@ struct hstu_cuda {
     uint64_t reclaim_at;
 
     const struct hstu_attention_path *path;
-    void *path_state;
     struct hstu_gemm *gemm; /* NULL when fused */
     bool fused;             /* hstu_products_fused() */
     cudaStream_t stream, gate_stream;
@@ -146,9 +145,6 @@ static inline const char *hstu_cuda_products(const struct hstu_cuda *c)
 }
 
 /* cuda_graph.c */
-/* What attention of one layer is given in a graph of `rows` rows. */
-void hstu_cuda_attention_args(const struct hstu_cuda *c, uint32_t layer, uint32_t rows,
-                              struct hstu_attention_args *out);
 /* Rows of the graph that takes `rows`: multiples of 64 up to 1024, of 128 up to 8192, then of 256.
  * The index is dense. */
 uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index);

@@ -1,5 +1,5 @@
 /* What the two products of a layer on Hopper share (uvqk_sm90.cu, project_sm90.cu): shapes of
- * tiles, the ring of stages, the order of tiles, how results leave, tensor maps.
+ * tiles, the ring of stages, the order of tiles, how results leave.
  *
  * A block is one producer thread, which feeds a ring of stages by TMA, and consumer warpgroups of
  * 64 rows each, which multiply by wgmma: a K-major, b as it lies in memory, MN-major. Persistent;
@@ -11,17 +11,12 @@
 
 #include "cuda_kernels.h"
 
-#include <cuda.h>
 #include <cuda_runtime.h>
-#include <cudaTypedefs.h>
 #include <math.h>
 
 #include "gemm_sm90_ptx.cuh"
 #include "mma.cuh"
-
-extern "C" {
-#include "log.h"
-}
+#include "tensor_map.cuh"
 
 namespace
 {
@@ -269,38 +264,6 @@ __device__ __forceinline__ uint4 staged(uint32_t staging, int i)
 }
 
 /* ---- host ---- */
-
-PFN_cuTensorMapEncodeTiled_v12000 find_encode()
-{
-    void *entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
-                                         &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-        return nullptr;
-    return (PFN_cuTensorMapEncodeTiled_v12000)entry;
-}
-
-/* Row-major bf16 [rows][columns] as {64, rows, columns / 64}: a box lies in shared memory as chunks
- * of swizzled rows. Rows past the end read as zeros. */
-int encode(CUtensorMap *map, const void *base, uint64_t rows, uint64_t columns, uint32_t box_rows,
-           uint32_t box_chunks)
-{
-    auto encode_tiled = find_encode();
-    cuuint64_t sizes[3] = {64, rows, columns / 64}, strides[2] = {columns * 2, 128};
-    cuuint32_t box[3] = {64, box_rows, box_chunks}, steps[3] = {1, 1, 1};
-    CUresult result = CUDA_ERROR_NOT_SUPPORTED;
-    if (encode_tiled)
-        result =
-            encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, sizes, strides,
-                         box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result == CUDA_SUCCESS)
-        return SKV_OK;
-    skv_error("tensor map %llu x %llu, box %u x %u: driver error %d", (unsigned long long)rows,
-              (unsigned long long)columns, box_rows, box_chunks, (int)result);
-    return SKV_EDEVICE;
-}
 
 template <typename S> uint32_t tiles_of(uint32_t rows, uint32_t n)
 {

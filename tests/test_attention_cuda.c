@@ -149,14 +149,11 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
         .max_slices = planes,
         .rounded = hstu_sums_rounded(path, planes),
         .sm_count = (uint32_t)sms};
-    void *state = NULL;
     CUDA(cudaMemset(args.partial, 0xff, planes * plane * 4));
-    cr_assert_eq(path->open(&args, &state), SKV_OK);
     cudaStream_t stream;
     CUDA(cudaStreamCreate(&stream));
-    cr_assert_eq(path->launch(state, &args, stream), SKV_OK);
+    cr_assert_eq(path->launch(&args, stream), SKV_OK);
     CUDA(cudaStreamSynchronize(stream));
-    path->close(state);
     CUDA(cudaStreamDestroy(stream));
     CUDA(cudaMemcpy(partial, args.partial, planes * plane * 4, cudaMemcpyDeviceToHost));
     for (uint32_t r = 0; r < bed->rows; r++)
