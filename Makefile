@@ -261,14 +261,15 @@ test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel path
 	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart test_standby test_protect) tests/proc_systemd.sh HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))
 	@tests/sanitize_cuda.sh memcheck $(filter-out %/test_plan_cuda,$(GPU_TESTS))
 
-# SCALE=full|ci|FACTOR: the full counts, a tenth of them, or so many times them.
+# SCALE=full|ci|FACTOR: the full counts, a sixteenth of them, or so many times them.
 SCALE ?= full
+PROVE_SCALE := $(patsubst full,1,$(patsubst ci,0.0625,$(SCALE)))
 # The longest first, so that none is left alone at the end.
 PROVED := $(addprefix build/host/tests/,$(notdir $(PROVERS))) $(wildcard tests/prove_*.sh)
 PROVED_FIRST := $(addprefix build/host/tests/prove_,faults kills hostile)
 .PHONY: guarantees
-guarantees: host-provers fuzz-programs ## prove the promises of docs/guarantees.md: SCALE=full (most of an hour), or ci (a tenth)
-	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/guarantees.sh $(PROVED_FIRST) $(filter-out $(PROVED_FIRST),$(PROVED))
+guarantees: host-provers fuzz-programs ## prove the promises of docs/guarantees.md: SCALE=full (most of an hour), or ci (a sixteenth)
+	@PROVE_SCALE=$(PROVE_SCALE) tests/guarantees.sh $(PROVED_FIRST) $(filter-out $(PROVED_FIRST),$(PROVED))
 .PHONY: host-provers fuzz-programs
 host-provers: deps
 	@$(MAKE) --no-print-directory HOST=1 binaries provers
@@ -282,7 +283,7 @@ torture: host-provers ## kill daemon, workers and keeper until one dies wrong, o
 
 .PHONY: fuzz
 fuzz: fuzz-programs ## libFuzzer over all decoders, SCALE as for guarantees (full: a minute each)
-	@PROVE_SCALE=$(patsubst full,1,$(patsubst ci,0.1,$(SCALE))) tests/prove_fuzz.sh
+	@PROVE_SCALE=$(PROVE_SCALE) tests/prove_fuzz.sh
 
 .PHONY: coverage
 coverage: ## line coverage of all tests on the host; less than 90 % is a failure

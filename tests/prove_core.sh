@@ -12,7 +12,7 @@ status=$?
 [ $status = 0 ] || bad=1
 proved 1 "random operations on the core, beside a simulated world" "$operations" $status
 
-length=$(awk -v s="$scale" 'BEGIN { print (s >= 1 ? 4 : s >= 0.1 ? 3 : 2) }')
+length=$(awk -v s="$scale" 'BEGIN { print (s >= 1 ? 4 : s >= 0.05 ? 3 : 2) }')
 said=$("$tests/stress_cache_all" "$length")
 status=$?
 echo "$said"
