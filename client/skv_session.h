@@ -79,6 +79,9 @@ struct skv {
     uint64_t gate_bytes;
     uint32_t gate_stride; /* bytes */
     bool gates_registered;
+    /* [rows] of a worker: the grants' page lists, as they were checked, each where it was in the
+     * row's slot. The daemon does not have this memory. */
+    uint32_t (*pages)[WIRE_SLOT_PAGES];
     struct skv_device *device;
     uint64_t spin_ns;     /* now; at most options.spin_us, shrinks while spinning is in vain */
     uint64_t spin_max_ns; /* options.spin_us */
