@@ -1,8 +1,8 @@
 /* The handshake: a path in, a checked welcome and its fds out. Called by skv_open() and
  * skv_reconnect() only.
  *
- * connect -> HELLO with our fds -> WELCOME with {session memfd, SQ eventfd, CQ eventfd, table} ->
- * the pool's extents, WIRE_FDS_PER_MESSAGE at a time. Every step has the same deadline. The socket
+ * connect -> HELLO with our fds -> WELCOME with {session memfd, SQ eventfd, CQ eventfd} -> the
+ * pool's extents, WIRE_FDS_PER_MESSAGE at a time. Every step has the same deadline. The socket
  * is non-blocking from its first moment; a full backlog is retried, not waited for.
  *
  * What can go wrong: nobody listens, the peer hangs up or falls silent, refuses with a reason, is
@@ -23,8 +23,7 @@
 #include <unistd.h>
 
 #define CONNECT_RETRY_MS 10
-#define WORKER_FDS       4u /* with the welcome: session memory, SQ, CQ, table */
-#define ADMIN_FDS        3u
+#define WELCOME_FDS      3u /* session memory, SQ, CQ */
 
 __attribute__((format(printf, 3, 4))) static int fail(struct skv_link *link, int status,
                                                       const char *format, ...)
@@ -179,10 +178,12 @@ static int receive(struct skv_link *link, void *bytes, size_t size, size_t *leng
         for (uint32_t i = 0; i < more; i++) {
             int fd;
             memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-            if (*count < room)
+            if (*count < room) {
                 fds[(*count)++] = fd;
-            else
+            } else { /* where padding makes room for one more */
                 close(fd);
+                foreign = true;
+            }
         }
     }
     int status = SKV_OK;
@@ -226,7 +227,7 @@ static int check_pool(struct skv_link *link)
     const struct wire_welcome *w = &link->welcome;
     uint64_t page_bytes = skv_page_bytes(&w->geometry);
     if (w->pool_pages == 0 || w->pool_pages > UINT32_MAX ||
-        w->pool_pages > w->pool_bytes / page_bytes || w->descriptors != w->pool_pages)
+        w->pool_pages > w->pool_bytes / page_bytes)
         return fail(link, SKV_EPROTO, "the welcome's pool makes no sense");
     if (w->protect > (w->export == SKV_EXPORT_FD))
         return fail(link, SKV_EPROTO, "the welcome's protection makes no sense");
@@ -293,35 +294,29 @@ static int check_memory(struct skv_link *link)
         return fail(link, SKV_EPROTO, "the session's memory is smaller than the welcome says");
     if (seals < 0 || !(seals & F_SEAL_SHRINK))
         return fail(link, SKV_EPROTO, "the session's memory is not sealed against shrinking");
-    if (link->table < 0)
-        return SKV_OK;
-    uint64_t table_bytes =
-        sizeof(struct wire_table) + link->welcome.descriptors * sizeof(struct wire_page_entry);
-    if (fstat(link->table, &info) != 0 || (uint64_t)info.st_size < table_bytes)
-        return fail(link, SKV_EPROTO, "the descriptor table is smaller than the welcome says");
     return SKV_OK;
 }
 
 static int receive_welcome(struct skv_link *link, const struct wire_hello *hello,
                            uint64_t deadline_ns)
 {
-    int fds[WORKER_FDS];
-    uint32_t count = 0, wanted = hello->kind == WIRE_WORKER ? WORKER_FDS : ADMIN_FDS;
+    int fds[WELCOME_FDS];
+    uint32_t count = 0;
     size_t length = 0;
-    int status = receive(link, &link->welcome, sizeof link->welcome, &length, fds, WORKER_FDS,
+    int status = receive(link, &link->welcome, sizeof link->welcome, &length, fds, WELCOME_FDS,
                          &count, deadline_ns);
     if (status)
         return status;
     status = check_welcome(link, hello, length);
-    if (status || count != wanted) {
+    if (!status && count != WELCOME_FDS)
+        status = fail(link, SKV_EPROTO, "the welcome carries %u fds, not %u", count, WELCOME_FDS);
+    if (status) {
         close_all(fds, count);
-        return status ? status
-                      : fail(link, SKV_EPROTO, "the welcome carries %u fds, not %u", count, wanted);
+        return status;
     }
     link->memory = fds[0];
     link->sq_event = fds[1];
     link->cq_event = fds[2];
-    link->table = wanted == WORKER_FDS ? fds[3] : -1;
     status = check_bells(link);
     return status ? status : check_memory(link);
 }
@@ -372,7 +367,7 @@ static int receive_extents(struct skv_link *link, uint64_t deadline_ns)
 void skv_link_init(struct skv_link *link)
 {
     memset(link, 0, sizeof *link);
-    link->socket = link->memory = link->sq_event = link->cq_event = link->table = -1;
+    link->socket = link->memory = link->sq_event = link->cq_event = -1;
 }
 
 void skv_link_close_extents(struct skv_link *link)
@@ -387,8 +382,8 @@ void skv_link_close_extents(struct skv_link *link)
 void skv_link_close(struct skv_link *link)
 {
     skv_link_close_extents(link);
-    close_all((int[]){link->socket, link->memory, link->sq_event, link->cq_event, link->table}, 5);
-    link->socket = link->memory = link->sq_event = link->cq_event = link->table = -1;
+    close_all((int[]){link->socket, link->memory, link->sq_event, link->cq_event}, 4);
+    link->socket = link->memory = link->sq_event = link->cq_event = -1;
 }
 
 int skv_link_open(struct skv_link *link, const char *path, const struct wire_hello *hello,

@@ -44,7 +44,6 @@ struct skv_link {
     int socket;
     int memory;             /* session memfd */
     int sq_event, cq_event; /* doorbells: to the daemon, from the daemon */
-    int table;              /* descriptor table, which nothing here reads; -1 for an admin */
     int *extents;           /* [extent_count] the pool's fds; NULL with IPC or for an admin */
     uint32_t extent_count;
     struct wire_welcome welcome; /* checked */

@@ -475,7 +475,6 @@ static bool welcome(struct peer *peer)
         .export = handles->export,
         .device_kind = device->kind,
         .mps = device->mps,
-        .descriptors = daemon->table->pages,
         .session_bytes = wire_session_bytes(peer->rows),
         .pool_id = skv_kept_pool_id(daemon),
         .protect = daemon->protect,
@@ -483,8 +482,8 @@ static bool welcome(struct peer *peer)
     memcpy(answer.uuid, device->uuid, sizeof answer.uuid);
     memcpy(answer.ipc, handles->ipc, sizeof answer.ipc);
     snprintf(answer.device, sizeof answer.device, "%s", device->name);
-    int fds[4] = {peer->memory_fd, peer->sq_fd, peer->cq_fd, daemon->table_fd};
-    if (!say(peer, &answer, sizeof answer, fds, peer->admin ? 3 : 4))
+    int fds[3] = {peer->memory_fd, peer->sq_fd, peer->cq_fd};
+    if (!say(peer, &answer, sizeof answer, fds, 3))
         return false;
     for (uint32_t first = 0; first < answer.extents; first += WIRE_FDS_PER_MESSAGE) {
         uint32_t count = answer.extents - first;

@@ -29,7 +29,7 @@
 
 #define FAKE_PATIENCE_MS 60000 /* for what the other side does at once, on a busy machine */
 #define FAKE_POOL_BYTES  (UINT64_C(2) << 20)
-#define FAKE_FDS_MAX     5
+#define FAKE_FDS         3 /* with the welcome: session memory, SQ, CQ */
 
 #define FAKE_CHECK(condition)                                                                      \
     do {                                                                                           \
@@ -63,7 +63,7 @@ struct fake {
     struct skv_device *device;
     struct skv_pool *pool;
     struct wire_welcome welcome;
-    int fds[FAKE_FDS_MAX]; /* session memory, SQ, CQ, table, one more to send too many */
+    int fds[FAKE_FDS + 1]; /* one more, to send too many */
     uint8_t *memory;
     struct ring_side sq, cq;
 };
@@ -240,7 +240,6 @@ static inline int fake_memory(uint64_t bytes, int seals)
 static inline void fake_prepare(struct fake *f)
 {
     struct wire_welcome *w = &f->welcome;
-    bool worker = f->hello.kind == WIRE_WORKER;
     uint64_t page_bytes = skv_page_bytes(&fake_geometry);
     *w = (struct wire_welcome){.magic = WIRE_MAGIC,
                                .version = WIRE_VERSION,
@@ -258,16 +257,14 @@ static inline void fake_prepare(struct fake *f)
                                      page_bytes, f->extents ? f->extents : 1, &f->pool) == 0);
     const struct skv_pool_handles *pool = skv_pool_exported(f->pool);
     w->pool_bytes = pool->pool_bytes;
-    w->pool_pages = w->descriptors = pool->pool_bytes / page_bytes;
+    w->pool_pages = pool->pool_bytes / page_bytes;
     w->extent_bytes = pool->extent_bytes;
     w->extents = pool->extents;
 
     f->fds[0] = fake_memory(w->session_bytes, F_SEAL_SHRINK | F_SEAL_GROW);
     f->fds[1] = eventfd(0, EFD_CLOEXEC);
     f->fds[2] = eventfd(0, EFD_CLOEXEC);
-    uint64_t table = sizeof(struct wire_table) + w->descriptors * sizeof(struct wire_page_entry);
-    f->fds[3] = worker ? fake_memory(table, F_SEAL_SHRINK) : eventfd(0, EFD_CLOEXEC);
-    f->fds[4] = eventfd(0, EFD_CLOEXEC);
+    f->fds[3] = eventfd(0, EFD_CLOEXEC);
     f->memory = mmap(NULL, w->session_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, f->fds[0], 0);
     FAKE_CHECK(f->memory != MAP_FAILED);
     struct wire_ring *ring = (struct wire_ring *)f->memory;
@@ -311,7 +308,7 @@ static inline void fake_send(struct fake *f, const void *bytes, size_t size, con
 
 static inline void fake_send_welcome(struct fake *f)
 {
-    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, f->hello.kind == WIRE_WORKER ? 4 : 3);
+    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, FAKE_FDS);
 }
 
 static inline void fake_send_extents(struct fake *f)

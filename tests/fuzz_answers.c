@@ -38,12 +38,11 @@ static const struct skv_geometry geometry = {
     .layers = 2, .heads = 1, .head_dim = 64, .page_tokens = 16};
 static const struct skv_id model = {.lo = 11, .hi = 22};
 
-/* Descriptors that a message may carry; a welcome wants the first four, extents the fifth. */
+/* Descriptors that a message may carry; a welcome wants the first three, extents the fourth. */
 enum kind {
     MEMORY,
     SQ,
     CQ,
-    TABLE,
     EXTENT,
     SHORT,
     UNSEALED,
@@ -189,26 +188,22 @@ static void let_flip(bool on)
 static void make_kinds(void)
 {
     const int fixed = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
-    const uint64_t session_bytes = wire_session_bytes(ROWS),
-                   pages = MOST_EXTENTS * EXTENT_BYTES / skv_page_bytes(&geometry);
+    const uint64_t session_bytes = wire_session_bytes(ROWS);
     int ends[2];
     FUZZ_MUST(pipe2(ends, O_CLOEXEC) == 0);
-    const int made[KINDS] = {
-        [MEMORY] = fuzz_memory(session_bytes, fixed),
-        [SQ] = eventfd(0, EFD_CLOEXEC),
-        [CQ] = eventfd(0, EFD_CLOEXEC),
-        [TABLE] =
-            fuzz_memory(sizeof(struct wire_table) + pages * sizeof(struct wire_page_entry), fixed),
-        [EXTENT] = fuzz_memory(EXTENT_BYTES, fixed),
-        [SHORT] = fuzz_memory(4096, fixed),
-        [UNSEALED] = fuzz_memory(session_bytes, F_SEAL_GROW),
-        [READ_ONLY] = fuzz_memory(session_bytes, fixed | F_SEAL_WRITE),
-        [FULL_BELL] = eventfd(0, EFD_CLOEXEC),
-        [PIPE_OUT] = ends[0],
-        [PIPE_IN] = ends[1],
-        [NOTHING] = open("/dev/null", O_RDWR | O_CLOEXEC),
-        [DIRECTORY] = open("/", O_RDONLY | O_CLOEXEC),
-        [PROCESS] = (int)syscall(SYS_pidfd_open, getpid(), 0)};
+    const int made[KINDS] = {[MEMORY] = fuzz_memory(session_bytes, fixed),
+                             [SQ] = eventfd(0, EFD_CLOEXEC),
+                             [CQ] = eventfd(0, EFD_CLOEXEC),
+                             [EXTENT] = fuzz_memory(EXTENT_BYTES, fixed),
+                             [SHORT] = fuzz_memory(4096, fixed),
+                             [UNSEALED] = fuzz_memory(session_bytes, F_SEAL_GROW),
+                             [READ_ONLY] = fuzz_memory(session_bytes, fixed | F_SEAL_WRITE),
+                             [FULL_BELL] = eventfd(0, EFD_CLOEXEC),
+                             [PIPE_OUT] = ends[0],
+                             [PIPE_IN] = ends[1],
+                             [NOTHING] = open("/dev/null", O_RDWR | O_CLOEXEC),
+                             [DIRECTORY] = open("/", O_RDONLY | O_CLOEXEC),
+                             [PROCESS] = (int)syscall(SYS_pidfd_open, getpid(), 0)};
     memcpy(kinds, made, sizeof kinds);
     fake.memory = mmap(NULL, session_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, kinds[MEMORY], 0);
     FUZZ_MUST(fake.memory != MAP_FAILED);
@@ -347,14 +342,13 @@ static void welcome(struct fuzz_input *in, uint8_t how)
                              .pool_id = fake.kept ? 4711 : 0,
                              .protect = fake.protect};
     memcpy(w.uuid, fake.uuid, sizeof w.uuid);
-    w.descriptors = w.pool_pages;
-    int fds[6] = {kinds[MEMORY], kinds[SQ], kinds[CQ], kinds[TABLE], kinds[TABLE], kinds[TABLE]};
-    uint32_t count = fake.hello.rows ? 4 : 3;
+    int fds[6] = {kinds[MEMORY], kinds[SQ], kinds[CQ], kinds[SQ], kinds[SQ], kinds[SQ]};
+    uint32_t count = 3;
     size_t bytes = sizeof w;
     spoil(in, &w, sizeof w, how & 3);
     if (how & 4) { /* another fd somewhere */
         uint8_t which = fuzz_u8(in);
-        fds[which % 4] = kinds[(which >> 2) % KINDS];
+        fds[which % 3] = kinds[(which >> 2) % KINDS];
     }
     if (how & 8)
         count = fuzz_u8(in) % 7;

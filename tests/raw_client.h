@@ -24,7 +24,7 @@ struct raw {
     struct wire_cqe *cqes;
     struct wire_slot *slots;
     uint32_t sq_tail, cq_head;
-    int sq_fd, cq_fd, memory_fd, table_fd, gate_fd;
+    int sq_fd, cq_fd, memory_fd, gate_fd;
 };
 
 static inline int raw_connect(const struct rig *rig)
@@ -126,7 +126,6 @@ static inline bool raw_welcome(struct raw *raw, uint32_t rows)
     raw->memory_fd = fds[0];
     raw->sq_fd = fds[1];
     raw->cq_fd = fds[2];
-    raw->table_fd = fds[3];
     return raw->memory != MAP_FAILED && raw->welcome.session_bytes == wire_session_bytes(rows);
 }
 
@@ -204,7 +203,6 @@ static inline void raw_close(struct raw *raw)
     close(raw->memory_fd);
     close(raw->sq_fd);
     close(raw->cq_fd);
-    close(raw->table_fd);
     close(raw->gate_fd);
     close(raw->socket);
 }
