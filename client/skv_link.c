@@ -22,6 +22,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fdpass.h"
+
+_Static_assert(WIRE_FDS_PER_MESSAGE <= SKV_FDS_PER_MESSAGE, "a message of the wire fits");
+
 #define CONNECT_RETRY_MS 10
 #define WELCOME_FDS      3u /* session memory, SQ, CQ */
 
@@ -106,34 +110,16 @@ static int connect_to(struct skv_link *link, const char *path, uint64_t deadline
 static int send_hello(struct skv_link *link, const struct wire_hello *hello, const int *fds,
                       uint32_t count, uint64_t deadline_ns)
 {
-    union {
-        char bytes[CMSG_SPACE(2 * sizeof(int))];
-        struct cmsghdr align;
-    } control = {0};
-    struct iovec part = {.iov_base = (void *)(uintptr_t)hello, .iov_len = sizeof *hello};
-    struct msghdr message = {.msg_iov = &part,
-                             .msg_iovlen = 1,
-                             .msg_control = control.bytes,
-                             .msg_controllen = CMSG_SPACE(count * sizeof(int))};
-    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(count * sizeof(int));
-    memcpy(CMSG_DATA(header), fds, count * sizeof(int));
-
-    for (;;) {
-        if (sendmsg(link->socket, &message, MSG_NOSIGNAL) == (ssize_t)sizeof *hello)
-            return SKV_OK;
-        if (errno == EAGAIN) {
-            int status = await(link, POLLOUT, deadline_ns, "take the handshake");
-            if (status)
-                return status;
-        } else if (errno == EPIPE || errno == ECONNRESET) {
+    while (skv_send_fds(link->socket, hello, sizeof *hello, fds, count, 0) != 0) {
+        if (errno == EPIPE || errno == ECONNRESET)
             return fail(link, SKV_ELOST, "the daemon hung up before the handshake");
-        } else if (errno != EINTR) {
+        if (errno != EAGAIN)
             return fail(link, SKV_EIO, "sendmsg: %s", strerror(errno));
-        }
+        int status = await(link, POLLOUT, deadline_ns, "take the handshake");
+        if (status)
+            return status;
     }
+    return SKV_OK;
 }
 
 static void close_all(int *fds, uint32_t count)
@@ -143,64 +129,27 @@ static void close_all(int *fds, uint32_t count)
             close(fds[i]);
 }
 
-/* One message with up to `room` fds. *length and *count say what came; a message that was cut off,
- * of bytes or of fds, is refused and its fds are closed. */
+/* One message with up to `room` fds. *length and *count say what came: of a message longer than
+ * `size`, size + 1 and no fds. */
 static int receive(struct skv_link *link, void *bytes, size_t size, size_t *length, int *fds,
                    uint32_t room, uint32_t *count, uint64_t deadline_ns)
 {
-    union {
-        char bytes[CMSG_SPACE(WIRE_FDS_PER_MESSAGE * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    struct iovec part = {.iov_base = bytes, .iov_len = size};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     ssize_t got;
     do {
         int status = await(link, POLLIN, deadline_ns, "answer the handshake");
         if (status)
             return status;
-        message.msg_control = control.bytes;
-        message.msg_controllen = CMSG_SPACE(room * sizeof(int));
-        got = recvmsg(link->socket, &message, MSG_CMSG_CLOEXEC);
-    } while (got < 0 && (errno == EAGAIN || errno == EINTR));
-    if (got < 0)
+        got = skv_receive_fds(link->socket, bytes, size, fds, room, count, 0);
+    } while (got < 0 && errno == EAGAIN);
+    if (got == 0)
+        return fail(link, SKV_ELOST, "the daemon hung up in the middle of the handshake");
+    if (got < 0 && errno == EPROTO)
+        return fail(link, SKV_EPROTO,
+                    "fds of the handshake were lost: too many, or more than RLIMIT_NOFILE allows");
+    if (got < 0 && errno != EMSGSIZE)
         return fail(link, SKV_ELOST, "the daemon hung up: %s", strerror(errno));
-
-    *count = 0;
-    bool foreign = false;
-    for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header;
-         header = CMSG_NXTHDR(&message, header)) {
-        if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) {
-            foreign = true;
-            continue;
-        }
-        uint32_t more = (uint32_t)((header->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-        for (uint32_t i = 0; i < more; i++) {
-            int fd;
-            memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-            if (*count < room) {
-                fds[(*count)++] = fd;
-            } else { /* where padding makes room for one more */
-                close(fd);
-                foreign = true;
-            }
-        }
-    }
-    int status = SKV_OK;
-    if (message.msg_flags & MSG_CTRUNC)
-        status =
-            fail(link, SKV_EPROTO,
-                 "fds of the handshake were lost: too many, or more than RLIMIT_NOFILE allows");
-    else if (message.msg_flags & MSG_TRUNC || foreign)
-        status = fail(link, SKV_EPROTO, "the daemon sent a message that is not of this protocol");
-    else if (got == 0)
-        status = fail(link, SKV_ELOST, "the daemon hung up in the middle of the handshake");
-    if (status) {
-        close_all(fds, *count);
-        *count = 0;
-    }
-    *length = (size_t)got;
-    return status;
+    *length = got < 0 ? size + 1 : (size_t)got;
+    return SKV_OK;
 }
 
 /* ---- what the welcome says ---- */
@@ -258,7 +207,8 @@ static int check_welcome(struct skv_link *link, const struct wire_hello *hello, 
                     "the daemon speaks protocol %u, this library %u; install both from one release",
                     w->version, WIRE_VERSION);
     if (!whole)
-        return fail(link, SKV_EPROTO, "the welcome has %zu bytes, not %zu", length, sizeof *w);
+        return fail(link, SKV_EPROTO, "the welcome has %s bytes than %zu",
+                    length > sizeof *w ? "more" : "fewer", sizeof *w);
     if (!skv_status_told(w->status))
         return fail(link, SKV_EPROTO, "the welcome's status %d is none", w->status);
     if (w->status)

@@ -199,7 +199,8 @@ static int receive(struct kept *kept)
         struct keeper_message m;
         int fds[SKV_FDS_PER_MESSAGE];
         uint32_t count;
-        ssize_t got = skv_receive_fds(kept->socket, &m, sizeof m, fds, &count, 0);
+        ssize_t got =
+            skv_receive_fds(kept->socket, &m, sizeof m, fds, SKV_FDS_PER_MESSAGE, &count, 0);
         bool fine = got == sizeof m && m.magic == KEEPER_MAGIC;
         if (fine && m.kind == KEEPER_END && !count) {
             kept->succeeded = m.id == KEEPER_SUCCEEDED;

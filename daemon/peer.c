@@ -220,9 +220,11 @@ static void on_bell(void *context, int32_t result)
 
 /* ---- the handshake ---- */
 
+#define HELLO_FDS 2u /* a worker's: pidfd and gates */
+
 struct hello {
     struct wire_hello message;
-    int fds[2];
+    int fds[HELLO_FDS];
     uint32_t fd_count;
 };
 
@@ -257,47 +259,26 @@ static bool hung_up(const struct peer *peer)
  * all, as who only tries whether somebody listens). The fds are the caller's. */
 static int receive(struct peer *peer, struct hello *hello)
 {
-    union {
-        struct cmsghdr header;
-        char room[CMSG_SPACE(8 * sizeof(int))];
-    } control;
-    struct iovec part = {.iov_base = &hello->message, .iov_len = sizeof hello->message};
-    struct msghdr in = {.msg_iov = &part,
-                        .msg_iovlen = 1,
-                        .msg_control = &control,
-                        .msg_controllen = sizeof control};
-    ssize_t got = recvmsg(peer->socket, &in, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+    ssize_t got = skv_receive_fds(peer->socket, &hello->message, sizeof hello->message, hello->fds,
+                                  HELLO_FDS, &hello->fd_count, MSG_DONTWAIT);
+    int error = got < 0 ? errno : 0;
+    if (error == EAGAIN)
         return 0;
-    hello->fd_count = 0;
-    /* an empty message, which looks like the end, may carry fds too */
-    for (struct cmsghdr *h = got >= 0 ? CMSG_FIRSTHDR(&in) : NULL; h; h = CMSG_NXTHDR(&in, h)) {
-        if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS)
-            continue;
-        for (uint32_t i = 0; i < (h->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
-            int fd;
-            memcpy(&fd, CMSG_DATA(h) + i * sizeof fd, sizeof fd);
-            if (hello->fd_count < 2)
-                hello->fds[hello->fd_count++] = fd;
-            else
-                close(fd);
-        }
-    }
-    if (got <= 0 && !hello->fd_count && hung_up(peer)) {
+    if (got == sizeof hello->message)
+        return 1;
+    while (hello->fd_count)
+        close(hello->fds[--hello->fd_count]);
+    if (error == EPROTO) {
+        refuse(peer, SKV_EPROTO,
+               "descriptors that no handshake has, or more than the daemon can open");
+    } else if (got > 0 || error == EMSGSIZE) {
+        refuse(peer, SKV_EPROTO, "a handshake of the wrong size");
+    } else if (!hung_up(peer)) {
+        refuse(peer, SKV_EPROTO, "an empty message for a handshake");
+    } else {
         skv_debug("pid %d connected and hung up", (int)peer->pid);
         skv_peer_end(peer, SKV_OK, "");
-        return -1;
     }
-    const char *wrong = NULL;
-    if (got <= 0)
-        wrong = "an empty message for a handshake";
-    else if (got != sizeof hello->message || in.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
-        wrong = "a handshake of the wrong size";
-    if (!wrong)
-        return 1;
-    for (uint32_t i = 0; i < hello->fd_count; i++)
-        close(hello->fds[i]);
-    refuse(peer, SKV_EPROTO, wrong);
     return -1;
 }
 

@@ -24,6 +24,7 @@
 
 #include "clock.h"
 #include "device.h"
+#include "fdpass.h"
 #include "hash.h"
 #include "ring.h"
 
@@ -203,21 +204,13 @@ static inline void fake_accept(struct fake *f)
 {
     f->socket = accept4(f->listener, NULL, NULL, SOCK_CLOEXEC);
     FAKE_CHECK(f->socket >= 0);
-    union {
-        char bytes[CMSG_SPACE(4 * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    struct iovec part = {.iov_base = &f->hello, .iov_len = sizeof f->hello};
-    struct msghdr message = {.msg_iov = &part,
-                             .msg_iovlen = 1,
-                             .msg_control = control.bytes,
-                             .msg_controllen = sizeof control.bytes};
-    FAKE_CHECK(recvmsg(f->socket, &message, MSG_CMSG_CLOEXEC) == (ssize_t)sizeof f->hello);
+    uint32_t count;
+    ssize_t got =
+        skv_receive_fds(f->socket, &f->hello, sizeof f->hello, f->hello_fds, 2, &count, 0);
+    FAKE_CHECK(got == (ssize_t)sizeof f->hello);
     FAKE_CHECK(f->hello.magic == WIRE_MAGIC && f->hello.version == WIRE_VERSION);
     bool worker = f->hello.kind == WIRE_WORKER;
-    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    FAKE_CHECK(header && header->cmsg_len == CMSG_LEN((worker ? 2 : 1) * sizeof(int)));
-    memcpy(f->hello_fds, CMSG_DATA(header), (worker ? 2 : 1) * sizeof(int));
+    FAKE_CHECK(count == (worker ? 2 : 1));
     f->shared->drained = f->hello.drained;
     if (!worker)
         return;
@@ -282,22 +275,7 @@ static inline void fake_prepare(struct fake *f)
 static inline bool fake_try_send(struct fake *f, const void *bytes, size_t size, const int *fds,
                                  uint32_t count)
 {
-    static union {
-        char bytes[CMSG_SPACE(WIRE_FDS_PER_MESSAGE * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    struct iovec part = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = size};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    if (count) {
-        message.msg_control = control.bytes;
-        message.msg_controllen = CMSG_SPACE(count * sizeof(int));
-        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(count * sizeof(int));
-        memcpy(CMSG_DATA(header), fds, count * sizeof(int));
-    }
-    return sendmsg(f->socket, &message, MSG_NOSIGNAL) == (ssize_t)size;
+    return skv_send_fds(f->socket, bytes, size, fds, count, 0) == 0;
 }
 
 static inline void fake_send(struct fake *f, const void *bytes, size_t size, const int *fds,

@@ -289,14 +289,14 @@ static void spoil(struct fuzz_input *in, void *bytes, size_t size, uint32_t chan
 /* Takes a connection and its hello; the one before is over. */
 static void accept_one(void)
 {
-    int fds[SKV_FDS_PER_MESSAGE];
+    int fds[2];
     uint32_t count;
     int socket = accept4(fake.listener, NULL, NULL, SOCK_CLOEXEC);
     if (socket < 0)
         return;
     hang_up();
     fake.socket = socket;
-    if (skv_receive_fds(socket, &fake.hello, sizeof fake.hello, fds, &count, MSG_DONTWAIT) !=
+    if (skv_receive_fds(socket, &fake.hello, sizeof fake.hello, fds, 2, &count, MSG_DONTWAIT) !=
         sizeof fake.hello) {
         FUZZ_MUST(count == 0);
         return;

@@ -36,6 +36,7 @@ struct script {
 #define ROW      "a gate row out of range"
 #define JUMPED   "a ring index that jumped"
 #define SIZE     "a handshake of the wrong size"
+#define ALIEN    "descriptors that no handshake has, or more than the daemon can open"
 #define TWO_FDS  "a worker's handshake carries a pidfd and a gate memfd"
 #define ADMINS   "an admin's handshake with a worker's fields"
 #define MESSAGE  "a message after the handshake"
@@ -126,11 +127,11 @@ static const struct script scripts[] = {
     GIFTS("a byte short", SKV_EPROTO, SIZE, WHOLE - 1, 0, PIDFD, GATES),
     GIFTS("a byte long", SKV_EPROTO, SIZE, WHOLE + 1, 0, PIDFD, GATES),
     GIFTS("one byte", SKV_EPROTO, SIZE, 1, 0, PIDFD, GATES),
-    GIFTS("no byte at all, with descriptors", SKV_EPROTO, "an empty message for a handshake", 0, 0,
-          PIDFD, GATES),
+    GIFTS("no byte at all, with descriptors", SKV_EPROTO, ALIEN, 0, 0, PIDFD, GATES),
     GIFTS("no descriptors", SKV_EPROTO, TWO_FDS, WHOLE, 0, 0),
     GIFTS("a pidfd only", SKV_EPROTO, TWO_FDS, WHOLE, 0, PIDFD),
-    GIFTS("253 descriptors", SKV_EPROTO, SIZE, WHOLE, 252, PIDFD, GATES),
+    GIFTS("three descriptors", SKV_EPROTO, ALIEN, WHOLE, 2, PIDFD, GATES),
+    GIFTS("253 descriptors", SKV_EPROTO, ALIEN, WHOLE, 252, PIDFD, GATES),
     GIFTS("init's pidfd: the kernel's word counts", 0, LIVES, WHOLE, 0, PIDFD_OF_INIT, GATES),
     GIFTS("a pipe for a pidfd: the same", 0, LIVES, WHOLE, 0, A_PIPE, GATES),
     GIFTS("gates not sealed", SKV_EPROTO, UNSEALED, WHOLE, 0, PIDFD, GATES_UNSEALED),
