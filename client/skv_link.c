@@ -204,8 +204,12 @@ static int check_welcome(struct skv_link *link, const struct wire_hello *hello, 
     }
     if (w->version != WIRE_VERSION)
         return fail(link, SKV_EVERSION,
-                    "the daemon speaks protocol %u, this library %u; install both from one release",
-                    w->version, WIRE_VERSION);
+                    "the daemon speaks protocol %u, this library %u: %s, or install both from one "
+                    "release",
+                    w->version, WIRE_VERSION,
+                    w->version < WIRE_VERSION
+                        ? "restart the daemon, if a later one is installed"
+                        : "restart this process with the library that is installed");
     if (!whole)
         return fail(link, SKV_EPROTO, "the welcome has %s bytes than %zu",
                     length > sizeof *w ? "more" : "fewer", sizeof *w);

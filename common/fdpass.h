@@ -15,8 +15,9 @@ int skv_send_fds(int socket, const void *message, size_t bytes, const int *fds, 
                  int flags);
 
 /* Receives one, with up to `room` fds, at most SKV_FDS_PER_MESSAGE: the caller's then,
- * close-on-exec. Returns its length, 0 at the end, or -1 with errno and no fd left open:
- *   EMSGSIZE  the message is longer than `bytes`: that much of it is there
+ * close-on-exec. Returns its length, 0 at the end, or -1 with errno and no fd left open; with the
+ * first two as much of the message is there as `bytes` are:
+ *   EMSGSIZE  the message is longer
  *   EPROTO    more fds than `room`, or than this process may open, or fds without a message
  *   others    of recvmsg(2) */
 ssize_t skv_receive_fds(int socket, void *message, size_t bytes, int *fds, uint32_t room,

@@ -254,7 +254,7 @@ static const char *check_left(struct daemon *daemon)
         return "its page descriptors cannot be mapped";
     daemon->table = table;
     const struct wire_table *t = table;
-    if (t->magic != WIRE_MAGIC || t->version != WIRE_VERSION)
+    if (t->magic != WIRE_MAGIC || t->version != WIRE_TABLE_VERSION)
         return "its page descriptors are of another release";
     if (memcmp(&t->geometry, &o->geometry, sizeof t->geometry) != 0)
         return "the geometry is another one";

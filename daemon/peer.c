@@ -255,10 +255,22 @@ static bool hung_up(const struct peer *peer)
     return poll(&now, 1, 0) == 1 && now.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
+/* Of another release: what to do; NULL: it is not. Whatever else may be wrong with it then. */
+static const char *check_version(const struct wire_hello *m)
+{
+    if (m->magic != WIRE_MAGIC || m->version == WIRE_VERSION)
+        return NULL;
+    return m->version < WIRE_VERSION
+               ? "a library of an earlier release than the daemon: restart it with the installed "
+                 "one"
+               : "a library of a later release than the daemon: upgrade the daemon, or restart it";
+}
+
 /* Reads the hello: 1, 0 (not yet), or -1: it was none (it is refused, unless it said nothing at
  * all, as who only tries whether somebody listens). The fds are the caller's. */
 static int receive(struct peer *peer, struct hello *hello)
 {
+    hello->message = (struct wire_hello){0};
     ssize_t got = skv_receive_fds(peer->socket, &hello->message, sizeof hello->message, hello->fds,
                                   HELLO_FDS, &hello->fd_count, MSG_DONTWAIT);
     int error = got < 0 ? errno : 0;
@@ -268,7 +280,10 @@ static int receive(struct peer *peer, struct hello *hello)
         return 1;
     while (hello->fd_count)
         close(hello->fds[--hello->fd_count]);
-    if (error == EPROTO) {
+    const char *version = check_version(&hello->message);
+    if (version) {
+        refuse(peer, SKV_EVERSION, version);
+    } else if (error == EPROTO) {
         refuse(peer, SKV_EPROTO,
                "descriptors that no handshake has, or more than the daemon can open");
     } else if (got > 0 || error == EMSGSIZE) {
@@ -300,8 +315,9 @@ static const char *check_hello(const struct daemon *daemon, const struct hello *
     if (m->magic != WIRE_MAGIC)
         return "not a sidekv handshake";
     *status = SKV_EVERSION;
-    if (m->version != WIRE_VERSION)
-        return "another protocol version: use the client library of the daemon's release";
+    const char *version = check_version(m);
+    if (version)
+        return version;
     *status = SKV_EPROTO;
     if (!all_zero(m->reserved, sizeof m->reserved))
         return "reserved bytes of the handshake are not zero";

@@ -144,7 +144,7 @@ struct skv_options {
  * or what does not pass by itself:
  *
  *   SKV_EGEOMETRY  the daemon serves another geometry
- *   SKV_EVERSION   it is of another release
+ *   SKV_EVERSION   it is of another release: the log says which of the two to restart
  *   SKV_EPERM      the socket, or the pool's memory, is not for this user
  *   SKV_EPROTO     what listens there is no sidekvd, or the pool's fds did not get through
  *   SKV_ENODEVICE  this process cannot see the daemon's device

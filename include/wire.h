@@ -16,6 +16,11 @@
  * wire_views, then SQ entries, CQ entries, scratch, and one arena slot a gate row. All offsets are
  * in the welcome's constants below; the layout depends on `rows` only.
  *
+ * Versions: raised with whatever one side would take wrongly from the other's earlier release;
+ * magic, version, status and text keep their places, so that each can say so. Of the descriptor
+ * table there is another one, WIRE_TABLE_VERSION: a pool outlives a change of the rest. Since 2 a
+ * grant's tail may be one to be replaced, and the descriptor table goes to no client.
+ *
  * All fields little-endian, fixed width; reserved ones are zero and checked. What a client writes
  * is told, not promised: the daemon copies an entry once, validates the copy, and ends the session
  * with SKV_EPROTO and a reason when a field is out of range. */
@@ -25,7 +30,7 @@
 #include "sidekv.h"
 
 #define WIRE_MAGIC           0x764b5331u /* "1SKv" */
-#define WIRE_VERSION         1u
+#define WIRE_VERSION         2u
 #define WIRE_FDS_PER_MESSAGE 200u /* the kernel's limit is 253 */
 #define WIRE_MAX_EXTENTS     8192u
 
@@ -311,9 +316,11 @@ struct wire_page_entry {
     uint64_t reserved[7];
 };
 
+#define WIRE_TABLE_VERSION 1u
+
 struct wire_table {
     uint32_t magic;
-    uint32_t version;
+    uint32_t version; /* WIRE_TABLE_VERSION */
     struct skv_geometry geometry;
     uint64_t pages;
     uint64_t generation; /* high-water mark */

@@ -42,7 +42,8 @@ struct script {
 #define MESSAGE  "a message after the handshake"
 #define MODEL    "a worker names another model"
 #define GEOMETRY "the worker's KV geometry is not the daemon's: start a daemon with the model's"
-#define VERSION  "another protocol version: use the client library of the daemon's release"
+#define EARLIER  "a library of an earlier release than the daemon: restart it with the installed one"
+#define LATER    "a library of a later release than the daemon: upgrade the daemon, or restart it"
 #define USERS    "a batch of no users, or of too many"
 #define LEASES   "a batch of no leases, or of too many"
 #define REQUEST  "unknown flags or reserved fields in a request"
@@ -96,8 +97,8 @@ struct script {
 static const struct script scripts[] = {
     HELLO("no fault at all", 0, LIVES, .reserved = {0}),
     HELLO("another magic", SKV_EPROTO, "not a sidekv handshake", .magic = 1),
-    HELLO("an earlier version", SKV_EVERSION, VERSION, .version = 0),
-    HELLO("a later version", SKV_EVERSION, VERSION, .version = 0xffff),
+    HELLO("an earlier version", SKV_EVERSION, EARLIER, .version = WIRE_VERSION - 1),
+    HELLO("a later version", SKV_EVERSION, LATER, .version = 0xffff),
     HELLO("kind 0", SKV_EPROTO, "an unknown kind of client", .kind = 0),
     HELLO("kind 3", SKV_EPROTO, "an unknown kind of client", .kind = 3),
     HELLO("no rows", SKV_EPROTO, ROWS, .rows = 0),

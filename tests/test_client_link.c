@@ -2,8 +2,10 @@
  * every wrong one is refused, with nothing left open. */
 #include <criterion/criterion.h>
 
+#include <sys/syscall.h>
+
 #include "fake_daemon.h"
-#include "sidekv.h"
+#include "skv_session.h"
 
 static struct fake fake;
 
@@ -93,18 +95,18 @@ static void refuse_unknown_status(struct fake *f)
     refuse(f, -4711, "?");
 }
 
+/* As long as the script's argument says; its version stands there too. */
 static void another_version(struct fake *f)
 {
+    static char message[sizeof(struct wire_welcome) + 64];
+    const uint32_t *how = f->argument;
     fake_accept(f);
-    f->welcome = (struct wire_welcome){.magic = WIRE_MAGIC, .version = WIRE_VERSION + 1};
-    fake_send(f, &f->welcome, sizeof f->welcome, NULL, 0);
-}
-
-static void another_version_in_short(struct fake *f)
-{
-    fake_accept(f);
-    f->welcome = (struct wire_welcome){.magic = WIRE_MAGIC, .version = WIRE_VERSION + 1};
-    fake_send(f, &f->welcome, 16, NULL, 0);
+    const struct wire_welcome welcome = {.magic = WIRE_MAGIC,
+                                         .version = (uint16_t)how[0],
+                                         .status = SKV_EVERSION,
+                                         .text = "not ours to read"};
+    memcpy(message, &welcome, sizeof welcome);
+    fake_send(f, message, how[1], NULL, 0);
 }
 
 static void another_magic(struct fake *f)
@@ -117,9 +119,34 @@ Test(client_link, a_refusal_keeps_the_daemons_status)
 {
     expect_refusal("geometry", refuse_geometry, SKV_EGEOMETRY, FAKE_PATIENCE_MS);
     expect_refusal("unknown status", refuse_unknown_status, SKV_EPROTO, FAKE_PATIENCE_MS);
-    expect_refusal("version", another_version, SKV_EVERSION, FAKE_PATIENCE_MS);
-    expect_refusal("version, short", another_version_in_short, SKV_EVERSION, FAKE_PATIENCE_MS);
     expect_refusal("magic", another_magic, SKV_EPROTO, FAKE_PATIENCE_MS);
+}
+
+Test(client_link, another_version_is_told_with_what_to_do)
+{
+    static const uint32_t versions[] = {WIRE_VERSION - 1, WIRE_VERSION + 1},
+                          lengths[] = {16, sizeof(struct wire_welcome),
+                                       sizeof(struct wire_welcome) + 64};
+    static const char *const remedies[] = {"restart the daemon", "restart this process"};
+    const struct wire_hello hello = {
+        .magic = WIRE_MAGIC, .version = WIRE_VERSION, .kind = WIRE_ADMIN};
+    int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    for (uint32_t v = 0; v < 2; v++)
+        for (uint32_t l = 0; l < 3; l++) {
+            struct skv_link link;
+            char numbers[64];
+            fake.argument = (uint32_t[]){versions[v], lengths[l]};
+            fake_start(&fake, another_version);
+            cr_expect_eq(skv_link_open(&link, fake.path, &hello, &pidfd, 1,
+                                       skv_now_ns() + FAKE_PATIENCE_MS * UINT64_C(1000000)),
+                         SKV_EVERSION);
+            snprintf(numbers, sizeof numbers, "speaks protocol %u, this library %u", versions[v],
+                     WIRE_VERSION);
+            cr_expect(strstr(link.reason, numbers) && strstr(link.reason, remedies[v]), "%s",
+                      link.reason);
+            cr_expect_eq(fake_end(&fake), 0);
+        }
+    close(pidfd);
 }
 
 /* ---- silence and hang-ups ---- */
