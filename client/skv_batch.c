@@ -1,7 +1,8 @@
 /* The batch: requests into the row's slot of the arena, one command, grants out of it.
  *
  * ACQUIRE's happy path touches the slot once each way and makes no system call. What comes back is
- * told, not promised: every field is checked against what was asked before the caller sees it.
+ * told, not promised: every field is copied once, page lists too, and checked against what was
+ * asked before the caller sees the copy: the daemon may write to the slot at any time.
  *
  * Tails. The daemon may grant a half-filled tail page whose hash it cannot compare with ours (we
  * sent hashes of whole pages, and of h). It says where the tail ends and what its hash is; we hash
@@ -61,14 +62,28 @@ static uint32_t tail_start(const struct skv *skv, const struct wire_grant *g)
     return g->cached - g->cached % skv->options.geometry.page_tokens;
 }
 
-/* Checks grant `i` against what its request asked for, and copies it out. NULL, or what is wrong
- * with it. */
-static const char *read_grant(const struct skv *skv, struct wire_slot *slot, uint32_t i,
+/* A page list out of the slot, each id read once. False: one is outside the pool. */
+static bool copy_pages(uint32_t *pages, const uint32_t *told, uint32_t count, uint64_t pool_pages)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t page = __atomic_load_n(&told[i], __ATOMIC_RELAXED);
+        if (page >= pool_pages)
+            return false;
+        pages[i] = page;
+    }
+    return true;
+}
+
+/* Checks grant `i` against what its request asked for, and copies it out, its page list to the same
+ * place of the row's own. NULL, or what is wrong with it. */
+static const char *read_grant(const struct skv *skv, uint32_t row, uint32_t i,
                               const struct asking *asking, struct wire_grant *g,
                               struct skv_grant *out)
 {
     const struct skv_request *r = &asking->requests[i];
+    const struct wire_slot *slot = skv_slot(skv, row);
     *g = slot->grants[i];
+    __atomic_signal_fence(__ATOMIC_SEQ_CST); /* the compiler does not go back to the slot */
     *out = (struct skv_grant){.status = g->status};
     if (!skv_status_told(g->status))
         return "a grant's status is none";
@@ -91,10 +106,9 @@ static const char *read_grant(const struct skv *skv, struct wire_slot *slot, uin
         return "a grant's tail";
     if (g->lease == 0)
         return "a grant without a lease";
-    const uint32_t *pages = slot->pages + g->page_offset;
-    for (uint32_t page = 0; page < g->page_count; page++)
-        if (pages[page] >= skv->server.pool_pages)
-            return "a page outside the pool";
+    uint32_t *pages = skv->pages[row] + g->page_offset;
+    if (!copy_pages(pages, slot->pages + g->page_offset, g->page_count, skv->server.pool_pages))
+        return "a page outside the pool";
 
     out->flags = g->flags;
     out->cached = g->cached;
@@ -126,7 +140,7 @@ static int read_grants(struct skv *skv, struct asking *asking, struct skv_batch 
     *differing = 0;
     for (uint32_t i = 0; i < batch->count; i++) {
         struct wire_grant grant;
-        const char *wrong = read_grant(skv, slot, i, asking, &grant, &batch->grants[i]);
+        const char *wrong = read_grant(skv, batch->row, i, asking, &grant, &batch->grants[i]);
         if (wrong)
             return skv_violation(skv, wrong);
         if (batch->grants[i].flags & SKV_GRANT_GATED && !batch->gated)

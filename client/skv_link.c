@@ -1,8 +1,8 @@
 /* The handshake: a path in, a checked welcome and its fds out. Called by skv_open() and
  * skv_reconnect() only.
  *
- * connect -> HELLO with our fds -> WELCOME with {session memfd, SQ eventfd, CQ eventfd, table} ->
- * the pool's extents, WIRE_FDS_PER_MESSAGE at a time. Every step has the same deadline. The socket
+ * connect -> HELLO with our fds -> WELCOME with {session memfd, SQ eventfd, CQ eventfd} -> the
+ * pool's extents, WIRE_FDS_PER_MESSAGE at a time. Every step has the same deadline. The socket
  * is non-blocking from its first moment; a full backlog is retried, not waited for.
  *
  * What can go wrong: nobody listens, the peer hangs up or falls silent, refuses with a reason, is
@@ -22,9 +22,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fdpass.h"
+
+_Static_assert(WIRE_FDS_PER_MESSAGE <= SKV_FDS_PER_MESSAGE, "a message of the wire fits");
+
 #define CONNECT_RETRY_MS 10
-#define WORKER_FDS       4u /* with the welcome: session memory, SQ, CQ, table */
-#define ADMIN_FDS        3u
+#define WELCOME_FDS      3u /* session memory, SQ, CQ */
 
 __attribute__((format(printf, 3, 4))) static int fail(struct skv_link *link, int status,
                                                       const char *format, ...)
@@ -107,34 +110,16 @@ static int connect_to(struct skv_link *link, const char *path, uint64_t deadline
 static int send_hello(struct skv_link *link, const struct wire_hello *hello, const int *fds,
                       uint32_t count, uint64_t deadline_ns)
 {
-    union {
-        char bytes[CMSG_SPACE(2 * sizeof(int))];
-        struct cmsghdr align;
-    } control = {0};
-    struct iovec part = {.iov_base = (void *)(uintptr_t)hello, .iov_len = sizeof *hello};
-    struct msghdr message = {.msg_iov = &part,
-                             .msg_iovlen = 1,
-                             .msg_control = control.bytes,
-                             .msg_controllen = CMSG_SPACE(count * sizeof(int))};
-    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(count * sizeof(int));
-    memcpy(CMSG_DATA(header), fds, count * sizeof(int));
-
-    for (;;) {
-        if (sendmsg(link->socket, &message, MSG_NOSIGNAL) == (ssize_t)sizeof *hello)
-            return SKV_OK;
-        if (errno == EAGAIN) {
-            int status = await(link, POLLOUT, deadline_ns, "take the handshake");
-            if (status)
-                return status;
-        } else if (errno == EPIPE || errno == ECONNRESET) {
+    while (skv_send_fds(link->socket, hello, sizeof *hello, fds, count, 0) != 0) {
+        if (errno == EPIPE || errno == ECONNRESET)
             return fail(link, SKV_ELOST, "the daemon hung up before the handshake");
-        } else if (errno != EINTR) {
+        if (errno != EAGAIN)
             return fail(link, SKV_EIO, "sendmsg: %s", strerror(errno));
-        }
+        int status = await(link, POLLOUT, deadline_ns, "take the handshake");
+        if (status)
+            return status;
     }
+    return SKV_OK;
 }
 
 static void close_all(int *fds, uint32_t count)
@@ -144,62 +129,27 @@ static void close_all(int *fds, uint32_t count)
             close(fds[i]);
 }
 
-/* One message with up to `room` fds. *length and *count say what came; a message that was cut off,
- * of bytes or of fds, is refused and its fds are closed. */
+/* One message with up to `room` fds. *length and *count say what came: of a message longer than
+ * `size`, size + 1 and no fds. */
 static int receive(struct skv_link *link, void *bytes, size_t size, size_t *length, int *fds,
                    uint32_t room, uint32_t *count, uint64_t deadline_ns)
 {
-    union {
-        char bytes[CMSG_SPACE(WIRE_FDS_PER_MESSAGE * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    struct iovec part = {.iov_base = bytes, .iov_len = size};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     ssize_t got;
     do {
         int status = await(link, POLLIN, deadline_ns, "answer the handshake");
         if (status)
             return status;
-        message.msg_control = control.bytes;
-        message.msg_controllen = CMSG_SPACE(room * sizeof(int));
-        got = recvmsg(link->socket, &message, MSG_CMSG_CLOEXEC);
-    } while (got < 0 && (errno == EAGAIN || errno == EINTR));
-    if (got < 0)
+        got = skv_receive_fds(link->socket, bytes, size, fds, room, count, 0);
+    } while (got < 0 && errno == EAGAIN);
+    if (got == 0)
+        return fail(link, SKV_ELOST, "the daemon hung up in the middle of the handshake");
+    if (got < 0 && errno == EPROTO)
+        return fail(link, SKV_EPROTO,
+                    "fds of the handshake were lost: too many, or more than RLIMIT_NOFILE allows");
+    if (got < 0 && errno != EMSGSIZE)
         return fail(link, SKV_ELOST, "the daemon hung up: %s", strerror(errno));
-
-    *count = 0;
-    bool foreign = false;
-    for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header;
-         header = CMSG_NXTHDR(&message, header)) {
-        if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) {
-            foreign = true;
-            continue;
-        }
-        uint32_t more = (uint32_t)((header->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-        for (uint32_t i = 0; i < more; i++) {
-            int fd;
-            memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-            if (*count < room)
-                fds[(*count)++] = fd;
-            else
-                close(fd);
-        }
-    }
-    int status = SKV_OK;
-    if (message.msg_flags & MSG_CTRUNC)
-        status =
-            fail(link, SKV_EPROTO,
-                 "fds of the handshake were lost: too many, or more than RLIMIT_NOFILE allows");
-    else if (message.msg_flags & MSG_TRUNC || foreign)
-        status = fail(link, SKV_EPROTO, "the daemon sent a message that is not of this protocol");
-    else if (got == 0)
-        status = fail(link, SKV_ELOST, "the daemon hung up in the middle of the handshake");
-    if (status) {
-        close_all(fds, *count);
-        *count = 0;
-    }
-    *length = (size_t)got;
-    return status;
+    *length = got < 0 ? size + 1 : (size_t)got;
+    return SKV_OK;
 }
 
 /* ---- what the welcome says ---- */
@@ -226,7 +176,7 @@ static int check_pool(struct skv_link *link)
     const struct wire_welcome *w = &link->welcome;
     uint64_t page_bytes = skv_page_bytes(&w->geometry);
     if (w->pool_pages == 0 || w->pool_pages > UINT32_MAX ||
-        w->pool_pages > w->pool_bytes / page_bytes || w->descriptors != w->pool_pages)
+        w->pool_pages > w->pool_bytes / page_bytes)
         return fail(link, SKV_EPROTO, "the welcome's pool makes no sense");
     if (w->protect > (w->export == SKV_EXPORT_FD))
         return fail(link, SKV_EPROTO, "the welcome's protection makes no sense");
@@ -254,10 +204,15 @@ static int check_welcome(struct skv_link *link, const struct wire_hello *hello, 
     }
     if (w->version != WIRE_VERSION)
         return fail(link, SKV_EVERSION,
-                    "the daemon speaks protocol %u, this library %u; install both from one release",
-                    w->version, WIRE_VERSION);
+                    "the daemon speaks protocol %u, this library %u: %s, or install both from one "
+                    "release",
+                    w->version, WIRE_VERSION,
+                    w->version < WIRE_VERSION
+                        ? "restart the daemon, if a later one is installed"
+                        : "restart this process with the library that is installed");
     if (!whole)
-        return fail(link, SKV_EPROTO, "the welcome has %zu bytes, not %zu", length, sizeof *w);
+        return fail(link, SKV_EPROTO, "the welcome has %s bytes than %zu",
+                    length > sizeof *w ? "more" : "fewer", sizeof *w);
     if (!skv_status_told(w->status))
         return fail(link, SKV_EPROTO, "the welcome's status %d is none", w->status);
     if (w->status)
@@ -293,35 +248,29 @@ static int check_memory(struct skv_link *link)
         return fail(link, SKV_EPROTO, "the session's memory is smaller than the welcome says");
     if (seals < 0 || !(seals & F_SEAL_SHRINK))
         return fail(link, SKV_EPROTO, "the session's memory is not sealed against shrinking");
-    if (link->table < 0)
-        return SKV_OK;
-    uint64_t table_bytes =
-        sizeof(struct wire_table) + link->welcome.descriptors * sizeof(struct wire_page_entry);
-    if (fstat(link->table, &info) != 0 || (uint64_t)info.st_size < table_bytes)
-        return fail(link, SKV_EPROTO, "the descriptor table is smaller than the welcome says");
     return SKV_OK;
 }
 
 static int receive_welcome(struct skv_link *link, const struct wire_hello *hello,
                            uint64_t deadline_ns)
 {
-    int fds[WORKER_FDS];
-    uint32_t count = 0, wanted = hello->kind == WIRE_WORKER ? WORKER_FDS : ADMIN_FDS;
+    int fds[WELCOME_FDS];
+    uint32_t count = 0;
     size_t length = 0;
-    int status = receive(link, &link->welcome, sizeof link->welcome, &length, fds, WORKER_FDS,
+    int status = receive(link, &link->welcome, sizeof link->welcome, &length, fds, WELCOME_FDS,
                          &count, deadline_ns);
     if (status)
         return status;
     status = check_welcome(link, hello, length);
-    if (status || count != wanted) {
+    if (!status && count != WELCOME_FDS)
+        status = fail(link, SKV_EPROTO, "the welcome carries %u fds, not %u", count, WELCOME_FDS);
+    if (status) {
         close_all(fds, count);
-        return status ? status
-                      : fail(link, SKV_EPROTO, "the welcome carries %u fds, not %u", count, wanted);
+        return status;
     }
     link->memory = fds[0];
     link->sq_event = fds[1];
     link->cq_event = fds[2];
-    link->table = wanted == WORKER_FDS ? fds[3] : -1;
     status = check_bells(link);
     return status ? status : check_memory(link);
 }
@@ -372,7 +321,7 @@ static int receive_extents(struct skv_link *link, uint64_t deadline_ns)
 void skv_link_init(struct skv_link *link)
 {
     memset(link, 0, sizeof *link);
-    link->socket = link->memory = link->sq_event = link->cq_event = link->table = -1;
+    link->socket = link->memory = link->sq_event = link->cq_event = -1;
 }
 
 void skv_link_close_extents(struct skv_link *link)
@@ -387,8 +336,8 @@ void skv_link_close_extents(struct skv_link *link)
 void skv_link_close(struct skv_link *link)
 {
     skv_link_close_extents(link);
-    close_all((int[]){link->socket, link->memory, link->sq_event, link->cq_event, link->table}, 5);
-    link->socket = link->memory = link->sq_event = link->cq_event = link->table = -1;
+    close_all((int[]){link->socket, link->memory, link->sq_event, link->cq_event}, 4);
+    link->socket = link->memory = link->sq_event = link->cq_event = -1;
 }
 
 int skv_link_open(struct skv_link *link, const char *path, const struct wire_hello *hello,

@@ -85,8 +85,12 @@ static int open_owner(struct skv *skv)
     return SKV_OK;
 }
 
-static int open_gates(struct skv *skv)
+/* The gate rows, and each row's page lists. */
+static int open_rows(struct skv *skv)
 {
+    skv->pages = malloc(skv->options.rows * sizeof *skv->pages);
+    if (!skv->pages)
+        return SKV_ENOMEM;
     skv->gate_stride = wire_gate_stride(skv->options.geometry.layers);
     skv->gate_bytes = wire_gate_bytes(skv->options.geometry.layers, skv->options.rows);
     skv->gate_fd = memfd_create("sidekv-gates", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -331,7 +335,7 @@ int skv_open(const struct skv_options *options, struct skv **out)
         status = SKV_ENOMEM;
     }
     if (!status && !skv->options.admin)
-        status = open_gates(skv);
+        status = open_rows(skv);
     if (!status) {
         status = attach(skv, skv_deadline(skv));
         if (status)
@@ -374,6 +378,7 @@ void skv_close(struct skv *skv)
         close(skv->stop_event);
     if (skv->owner)
         munmap((void *)(uintptr_t)skv->owner, OWNER_BYTES);
+    free(skv->pages);
     free(skv);
 }
 

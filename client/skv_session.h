@@ -44,7 +44,6 @@ struct skv_link {
     int socket;
     int memory;             /* session memfd */
     int sq_event, cq_event; /* doorbells: to the daemon, from the daemon */
-    int table;              /* descriptor table, which nothing here reads; -1 for an admin */
     int *extents;           /* [extent_count] the pool's fds; NULL with IPC or for an admin */
     uint32_t extent_count;
     struct wire_welcome welcome; /* checked */
@@ -79,6 +78,9 @@ struct skv {
     uint64_t gate_bytes;
     uint32_t gate_stride; /* bytes */
     bool gates_registered;
+    /* [rows] of a worker: the grants' page lists, as they were checked, each where it was in the
+     * row's slot. The daemon does not have this memory. */
+    uint32_t (*pages)[WIRE_SLOT_PAGES];
     struct skv_device *device;
     uint64_t spin_ns;     /* now; at most options.spin_us, shrinks while spinning is in vain */
     uint64_t spin_max_ns; /* options.spin_us */

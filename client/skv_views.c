@@ -36,11 +36,7 @@ int skv_views_grant(struct skv *skv, const struct skv_batch *batch)
         const struct skv_grant *grant = &batch->grants[i];
         uint32_t first = grant->cached / w->geometry.page_tokens;
         for (uint32_t p = first; grant->flags & SKV_GRANT_APPEND && p < grant->page_count; p++) {
-            /* Checked before, but the list is the daemon's memory. */
-            uint32_t page = __atomic_load_n(&grant->pages[p], __ATOMIC_RELAXED);
-            if (page >= skv->server.pool_pages)
-                return skv_violation(skv, "a page outside the pool");
-            uint32_t extent = page / pages;
+            uint32_t extent = grant->pages[p] / pages;
             int status = in_view(skv, extent) ? SKV_OK : set_view(skv, extent, true);
             if (status)
                 return status;

@@ -1,5 +1,6 @@
 #include "fdpass.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -13,6 +14,7 @@ union control {
 int skv_send_fds(int socket, const void *message, size_t bytes, const int *fds, uint32_t count,
                  int flags)
 {
+    assert(count <= SKV_FDS_PER_MESSAGE);
     union control control;
     struct iovec part = {.iov_base = (void *)(uintptr_t)message, .iov_len = bytes};
     struct msghdr out = {.msg_iov = &part, .msg_iovlen = 1};
@@ -33,9 +35,10 @@ int skv_send_fds(int socket, const void *message, size_t bytes, const int *fds, 
     return sent == (ssize_t)bytes ? 0 : -1;
 }
 
-ssize_t skv_receive_fds(int socket, void *message, size_t bytes, int fds[SKV_FDS_PER_MESSAGE],
+ssize_t skv_receive_fds(int socket, void *message, size_t bytes, int *fds, uint32_t room,
                         uint32_t *count, int flags)
 {
+    assert(room <= SKV_FDS_PER_MESSAGE);
     union control control;
     struct iovec part = {.iov_base = message, .iov_len = bytes};
     struct msghdr in = {.msg_iov = &part, .msg_iovlen = 1};
@@ -43,7 +46,7 @@ ssize_t skv_receive_fds(int socket, void *message, size_t bytes, int fds[SKV_FDS
     *count = 0;
     do {
         in.msg_control = &control;
-        in.msg_controllen = sizeof control;
+        in.msg_controllen = CMSG_LEN(room * sizeof(int)); /* CMSG_SPACE may have room for more */
         got = recvmsg(socket, &in, flags | MSG_CMSG_CLOEXEC);
     } while (got < 0 && errno == EINTR);
     for (struct cmsghdr *h = got >= 0 ? CMSG_FIRSTHDR(&in) : NULL; h; h = CMSG_NXTHDR(&in, h)) {
@@ -53,11 +56,15 @@ ssize_t skv_receive_fds(int socket, void *message, size_t bytes, int fds[SKV_FDS
             (uint32_t)((h->cmsg_len - CMSG_LEN(0)) / sizeof(int)); /* one such header at most */
         memcpy(fds, CMSG_DATA(h), *count * sizeof(int));
     }
-    if (got >= 0 && (in.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || (got == 0 && *count))) {
-        while (*count)
-            close(fds[--*count]);
-        errno = EPROTO;
-        return -1;
-    }
-    return got;
+    int wrong = 0;
+    if (got >= 0 && (in.msg_flags & MSG_CTRUNC || (got == 0 && *count)))
+        wrong = EPROTO;
+    else if (got >= 0 && in.msg_flags & MSG_TRUNC)
+        wrong = EMSGSIZE;
+    if (!wrong)
+        return got;
+    while (*count)
+        close(fds[--*count]);
+    errno = wrong;
+    return -1;
 }

@@ -33,7 +33,7 @@ int skv_cache_open(const struct skv_cache_options *options, struct skv_cache **o
         if (table->magic != WIRE_MAGIC) /* else skv_cache_adopt() asks what it was */
             table->protect = options->extent_pages != 0;
         table->magic = WIRE_MAGIC;
-        table->version = WIRE_VERSION;
+        table->version = WIRE_TABLE_VERSION;
         table->geometry = options->geometry;
         table->pages = options->pages;
         table->generation = cache->generation;

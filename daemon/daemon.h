@@ -109,7 +109,6 @@ struct daemon {
     uint64_t pool_requested; /* --pool-bytes as given */
     struct wire_table *table;
     uint64_t table_bytes;
-    int table_fd; /* opened read-only, for workers */
     int listener;
     int signals;
     struct watch accepting, signalled, moved, arriving;

@@ -280,12 +280,13 @@ bool skv_held_listen(struct held *held, int socket, struct heard *heard)
         struct keeper_message m;
         int fds[SKV_FDS_PER_MESSAGE];
         uint32_t count;
-        ssize_t got = skv_receive_fds(socket, &m, sizeof m, fds, &count, MSG_DONTWAIT);
+        ssize_t got =
+            skv_receive_fds(socket, &m, sizeof m, fds, SKV_FDS_PER_MESSAGE, &count, MSG_DONTWAIT);
         if (got < 0 && errno == EAGAIN)
             return true;
         if (got < 0 && errno == ECONNRESET)
             continue; /* it left something unread: said once, before what it said last */
-        if (got == 0 || (got < 0 && errno != EPROTO))
+        if (got == 0 || (got < 0 && errno != EPROTO && errno != EMSGSIZE))
             return false;
         if (got == sizeof m && m.magic == KEEPER_MAGIC && hold(held, &m, fds, count)) {
             heard->serves = heard->serves || m.kind == KEEPER_SERVES;

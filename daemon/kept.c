@@ -199,7 +199,8 @@ static int receive(struct kept *kept)
         struct keeper_message m;
         int fds[SKV_FDS_PER_MESSAGE];
         uint32_t count;
-        ssize_t got = skv_receive_fds(kept->socket, &m, sizeof m, fds, &count, 0);
+        ssize_t got =
+            skv_receive_fds(kept->socket, &m, sizeof m, fds, SKV_FDS_PER_MESSAGE, &count, 0);
         bool fine = got == sizeof m && m.magic == KEEPER_MAGIC;
         if (fine && m.kind == KEEPER_END && !count) {
             kept->succeeded = m.id == KEEPER_SUCCEEDED;
@@ -253,7 +254,7 @@ static const char *check_left(struct daemon *daemon)
         return "its page descriptors cannot be mapped";
     daemon->table = table;
     const struct wire_table *t = table;
-    if (t->magic != WIRE_MAGIC || t->version != WIRE_VERSION)
+    if (t->magic != WIRE_MAGIC || t->version != WIRE_TABLE_VERSION)
         return "its page descriptors are of another release";
     if (memcmp(&t->geometry, &o->geometry, sizeof t->geometry) != 0)
         return "the geometry is another one";

@@ -138,20 +138,12 @@ static int listen_at(const char *path)
     return fd;
 }
 
-/* The descriptor table: a memfd that workers get read-only. *made: the same, writable, for the
- * keeper; -1: it came from there. */
+/* The descriptor table: a memfd. *made: for the keeper; -1: it came from there. */
 static int make_table(struct daemon *daemon, uint64_t pages, int *made)
 {
     *made = -1;
-    if (daemon->kept.adopted) {
-        char left[64];
-        snprintf(left, sizeof left, "/proc/self/fd/%d", daemon->kept.table_fd);
-        daemon->table_fd = open(left, O_RDONLY | O_CLOEXEC);
-        if (daemon->table_fd >= 0)
-            return SKV_OK;
-        skv_error("page descriptors: %s", strerror(errno));
-        return SKV_EIO;
-    }
+    if (daemon->kept.adopted)
+        return SKV_OK;
     daemon->table_bytes = sizeof *daemon->table + pages * sizeof *daemon->table->entries;
     int fd = memfd_create("sidekv-pages", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0 || ftruncate(fd, (off_t)daemon->table_bytes) ||
@@ -161,11 +153,8 @@ static int make_table(struct daemon *daemon, uint64_t pages, int *made)
             close(fd);
         return SKV_ENOMEM;
     }
-    char path[64];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     daemon->table = mmap(NULL, daemon->table_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    daemon->table_fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (daemon->table == MAP_FAILED || daemon->table_fd < 0) {
+    if (daemon->table == MAP_FAILED) {
         skv_error("page descriptors: %s", strerror(errno));
         close(fd);
         return SKV_ENOMEM;

@@ -220,9 +220,11 @@ static void on_bell(void *context, int32_t result)
 
 /* ---- the handshake ---- */
 
+#define HELLO_FDS 2u /* a worker's: pidfd and gates */
+
 struct hello {
     struct wire_hello message;
-    int fds[2];
+    int fds[HELLO_FDS];
     uint32_t fd_count;
 };
 
@@ -253,51 +255,45 @@ static bool hung_up(const struct peer *peer)
     return poll(&now, 1, 0) == 1 && now.revents & (POLLRDHUP | POLLHUP | POLLERR);
 }
 
+/* Of another release: what to do; NULL: it is not. Whatever else may be wrong with it then. */
+static const char *check_version(const struct wire_hello *m)
+{
+    if (m->magic != WIRE_MAGIC || m->version == WIRE_VERSION)
+        return NULL;
+    return m->version < WIRE_VERSION
+               ? "a library of an earlier release than the daemon: restart it with the installed "
+                 "one"
+               : "a library of a later release than the daemon: upgrade the daemon, or restart it";
+}
+
 /* Reads the hello: 1, 0 (not yet), or -1: it was none (it is refused, unless it said nothing at
  * all, as who only tries whether somebody listens). The fds are the caller's. */
 static int receive(struct peer *peer, struct hello *hello)
 {
-    union {
-        struct cmsghdr header;
-        char room[CMSG_SPACE(8 * sizeof(int))];
-    } control;
-    struct iovec part = {.iov_base = &hello->message, .iov_len = sizeof hello->message};
-    struct msghdr in = {.msg_iov = &part,
-                        .msg_iovlen = 1,
-                        .msg_control = &control,
-                        .msg_controllen = sizeof control};
-    ssize_t got = recvmsg(peer->socket, &in, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+    hello->message = (struct wire_hello){0};
+    ssize_t got = skv_receive_fds(peer->socket, &hello->message, sizeof hello->message, hello->fds,
+                                  HELLO_FDS, &hello->fd_count, MSG_DONTWAIT);
+    int error = got < 0 ? errno : 0;
+    if (error == EAGAIN)
         return 0;
-    hello->fd_count = 0;
-    /* an empty message, which looks like the end, may carry fds too */
-    for (struct cmsghdr *h = got >= 0 ? CMSG_FIRSTHDR(&in) : NULL; h; h = CMSG_NXTHDR(&in, h)) {
-        if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS)
-            continue;
-        for (uint32_t i = 0; i < (h->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
-            int fd;
-            memcpy(&fd, CMSG_DATA(h) + i * sizeof fd, sizeof fd);
-            if (hello->fd_count < 2)
-                hello->fds[hello->fd_count++] = fd;
-            else
-                close(fd);
-        }
-    }
-    if (got <= 0 && !hello->fd_count && hung_up(peer)) {
+    if (got == sizeof hello->message)
+        return 1;
+    while (hello->fd_count)
+        close(hello->fds[--hello->fd_count]);
+    const char *version = check_version(&hello->message);
+    if (version) {
+        refuse(peer, SKV_EVERSION, version);
+    } else if (error == EPROTO) {
+        refuse(peer, SKV_EPROTO,
+               "descriptors that no handshake has, or more than the daemon can open");
+    } else if (got > 0 || error == EMSGSIZE) {
+        refuse(peer, SKV_EPROTO, "a handshake of the wrong size");
+    } else if (!hung_up(peer)) {
+        refuse(peer, SKV_EPROTO, "an empty message for a handshake");
+    } else {
         skv_debug("pid %d connected and hung up", (int)peer->pid);
         skv_peer_end(peer, SKV_OK, "");
-        return -1;
     }
-    const char *wrong = NULL;
-    if (got <= 0)
-        wrong = "an empty message for a handshake";
-    else if (got != sizeof hello->message || in.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
-        wrong = "a handshake of the wrong size";
-    if (!wrong)
-        return 1;
-    for (uint32_t i = 0; i < hello->fd_count; i++)
-        close(hello->fds[i]);
-    refuse(peer, SKV_EPROTO, wrong);
     return -1;
 }
 
@@ -319,8 +315,9 @@ static const char *check_hello(const struct daemon *daemon, const struct hello *
     if (m->magic != WIRE_MAGIC)
         return "not a sidekv handshake";
     *status = SKV_EVERSION;
-    if (m->version != WIRE_VERSION)
-        return "another protocol version: use the client library of the daemon's release";
+    const char *version = check_version(m);
+    if (version)
+        return version;
     *status = SKV_EPROTO;
     if (!all_zero(m->reserved, sizeof m->reserved))
         return "reserved bytes of the handshake are not zero";
@@ -475,7 +472,6 @@ static bool welcome(struct peer *peer)
         .export = handles->export,
         .device_kind = device->kind,
         .mps = device->mps,
-        .descriptors = daemon->table->pages,
         .session_bytes = wire_session_bytes(peer->rows),
         .pool_id = skv_kept_pool_id(daemon),
         .protect = daemon->protect,
@@ -483,8 +479,8 @@ static bool welcome(struct peer *peer)
     memcpy(answer.uuid, device->uuid, sizeof answer.uuid);
     memcpy(answer.ipc, handles->ipc, sizeof answer.ipc);
     snprintf(answer.device, sizeof answer.device, "%s", device->name);
-    int fds[4] = {peer->memory_fd, peer->sq_fd, peer->cq_fd, daemon->table_fd};
-    if (!say(peer, &answer, sizeof answer, fds, peer->admin ? 3 : 4))
+    int fds[3] = {peer->memory_fd, peer->sq_fd, peer->cq_fd};
+    if (!say(peer, &answer, sizeof answer, fds, 3))
         return false;
     for (uint32_t first = 0; first < answer.extents; first += WIRE_FDS_PER_MESSAGE) {
         uint32_t count = answer.extents - first;

@@ -144,7 +144,7 @@ struct skv_options {
  * or what does not pass by itself:
  *
  *   SKV_EGEOMETRY  the daemon serves another geometry
- *   SKV_EVERSION   it is of another release
+ *   SKV_EVERSION   it is of another release: the log says which of the two to restart
  *   SKV_EPERM      the socket, or the pool's memory, is not for this user
  *   SKV_EPROTO     what listens there is no sidekvd, or the pool's fds did not get through
  *   SKV_ENODEVICE  this process cannot see the daemon's device
@@ -220,7 +220,7 @@ struct skv_grant {
     uint32_t cached; /* c: tokens [0, c) are in pages[0 .. ceil(c/S)) */
     uint32_t gpu_tokens;   /* of these, resident before this batch */
     uint32_t page_count;   /* ceil(h/S) with SKV_GRANT_APPEND, else ceil(c/S) */
-    const uint32_t *pages; /* page ids; in the ring's arena, good until commit or release */
+    const uint32_t *pages; /* page ids; the library's memory, good until commit or release */
     uint64_t lease;
 };
 
@@ -233,7 +233,7 @@ struct skv_batch {
 
 /* Leases the pages of `count` users for one forward pass, in one round trip that waits for no copy.
  * Follow with skv_commit() or skv_release(), both only after the pass has completed; leases also
- * end with the session. `batch` is the caller's; the page lists in it point into the ring's arena
+ * end with the session. `batch` is the caller's; the page lists in it are the library's, good
  * until then. Returns 0 (look at each grant's status), SKV_EBUSY (the row still belongs to an
  * earlier batch), SKV_EINVAL, SKV_ELOST, SKV_ETIMEDOUT, SKV_EPROTO; with anything but 0 no
  * batch has begun. */

@@ -6,8 +6,7 @@
  *                      gate memfd is sealed F_SEAL_SHRINK | F_SEAL_GROW and exactly
  *                      rows * gate_stride bytes, rounded up to 4096.
  *   daemon -> client   struct wire_welcome. Status 0: with fds {session memfd, SQ eventfd,
- *                      CQ eventfd, descriptor table (read-only)}, an admin's without the table;
- *                      else the reason in words, and the daemon closes.
+ *                      CQ eventfd}; else the reason in words, and the daemon closes.
  *   daemon -> client   worker and fd export only: struct wire_extents, as many as it takes, with
  *                      up to WIRE_FDS_PER_MESSAGE fds each.
  * After that the socket means "alive". The daemon sends at most one more message, struct
@@ -16,6 +15,11 @@
  * Session memory (one memfd, made and sealed by the daemon): struct wire_ring at 0, struct
  * wire_views, then SQ entries, CQ entries, scratch, and one arena slot a gate row. All offsets are
  * in the welcome's constants below; the layout depends on `rows` only.
+ *
+ * Versions: raised with whatever one side would take wrongly from the other's earlier release;
+ * magic, version, status and text keep their places, so that each can say so. Of the descriptor
+ * table there is another one, WIRE_TABLE_VERSION: a pool outlives a change of the rest. Since 2 a
+ * grant's tail may be one to be replaced, and the descriptor table goes to no client.
  *
  * All fields little-endian, fixed width; reserved ones are zero and checked. What a client writes
  * is told, not promised: the daemon copies an entry once, validates the copy, and ends the session
@@ -26,7 +30,7 @@
 #include "sidekv.h"
 
 #define WIRE_MAGIC           0x764b5331u /* "1SKv" */
-#define WIRE_VERSION         1u
+#define WIRE_VERSION         2u
 #define WIRE_FDS_PER_MESSAGE 200u /* the kernel's limit is 253 */
 #define WIRE_MAX_EXTENTS     8192u
 
@@ -69,14 +73,13 @@ struct wire_welcome {
     uint8_t uuid[16];
     char device[64];
     uint8_t ipc[64];
-    uint64_t descriptors; /* entries in the descriptor table */
     uint64_t session_bytes;
     uint64_t pool_id; /* a keeper holds the pool: random, the same as long as the pool lives; 0: it
                          ends with the daemon */
     uint32_t
         protect; /* 1: map the pool read-only, and views of the extents in wire_views; fds only */
     uint32_t reserved1;
-    uint64_t reserved[6];
+    uint64_t reserved[7];
 };
 _Static_assert(sizeof(struct wire_welcome) == 432, "welcome has no holes");
 
@@ -282,7 +285,7 @@ static inline uint64_t wire_gate_bytes(uint32_t layers, uint32_t rows)
 }
 
 /* ---- the descriptor table: who owns which page; written by the daemon alone, read by the next one
- * after a hot restart. Workers get it to look at, read-only; libsidekv does not map it ---- */
+ * after a hot restart. Clients never get it ---- */
 
 enum wire_page_flags {
     WIRE_PAGE_USED = 1u << 0,
@@ -313,9 +316,11 @@ struct wire_page_entry {
     uint64_t reserved[7];
 };
 
+#define WIRE_TABLE_VERSION 1u
+
 struct wire_table {
     uint32_t magic;
-    uint32_t version;
+    uint32_t version; /* WIRE_TABLE_VERSION */
     struct skv_geometry geometry;
     uint64_t pages;
     uint64_t generation; /* high-water mark */

@@ -74,7 +74,7 @@ static inline bool send_pool(int to, const struct skv_pool_handles *handles)
 static inline bool receive_pool(int from, struct skv_pool_handles *handles, int fds[MAX_FDS])
 {
     uint32_t count;
-    if (skv_receive_fds(from, handles, sizeof *handles, fds, &count, 0) != sizeof *handles)
+    if (skv_receive_fds(from, handles, sizeof *handles, fds, MAX_FDS, &count, 0) != sizeof *handles)
         return false;
     handles->fds = fds;
     return handles->extents == count;

@@ -24,12 +24,13 @@
 
 #include "clock.h"
 #include "device.h"
+#include "fdpass.h"
 #include "hash.h"
 #include "ring.h"
 
 #define FAKE_PATIENCE_MS 60000 /* for what the other side does at once, on a busy machine */
 #define FAKE_POOL_BYTES  (UINT64_C(2) << 20)
-#define FAKE_FDS_MAX     5
+#define FAKE_FDS         3 /* with the welcome: session memory, SQ, CQ */
 
 #define FAKE_CHECK(condition)                                                                      \
     do {                                                                                           \
@@ -63,7 +64,7 @@ struct fake {
     struct skv_device *device;
     struct skv_pool *pool;
     struct wire_welcome welcome;
-    int fds[FAKE_FDS_MAX]; /* session memory, SQ, CQ, table, one more to send too many */
+    int fds[FAKE_FDS + 1]; /* one more, to send too many */
     uint8_t *memory;
     struct ring_side sq, cq;
 };
@@ -203,21 +204,13 @@ static inline void fake_accept(struct fake *f)
 {
     f->socket = accept4(f->listener, NULL, NULL, SOCK_CLOEXEC);
     FAKE_CHECK(f->socket >= 0);
-    union {
-        char bytes[CMSG_SPACE(4 * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    struct iovec part = {.iov_base = &f->hello, .iov_len = sizeof f->hello};
-    struct msghdr message = {.msg_iov = &part,
-                             .msg_iovlen = 1,
-                             .msg_control = control.bytes,
-                             .msg_controllen = sizeof control.bytes};
-    FAKE_CHECK(recvmsg(f->socket, &message, MSG_CMSG_CLOEXEC) == (ssize_t)sizeof f->hello);
+    uint32_t count;
+    ssize_t got =
+        skv_receive_fds(f->socket, &f->hello, sizeof f->hello, f->hello_fds, 2, &count, 0);
+    FAKE_CHECK(got == (ssize_t)sizeof f->hello);
     FAKE_CHECK(f->hello.magic == WIRE_MAGIC && f->hello.version == WIRE_VERSION);
     bool worker = f->hello.kind == WIRE_WORKER;
-    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    FAKE_CHECK(header && header->cmsg_len == CMSG_LEN((worker ? 2 : 1) * sizeof(int)));
-    memcpy(f->hello_fds, CMSG_DATA(header), (worker ? 2 : 1) * sizeof(int));
+    FAKE_CHECK(count == (worker ? 2 : 1));
     f->shared->drained = f->hello.drained;
     if (!worker)
         return;
@@ -240,7 +233,6 @@ static inline int fake_memory(uint64_t bytes, int seals)
 static inline void fake_prepare(struct fake *f)
 {
     struct wire_welcome *w = &f->welcome;
-    bool worker = f->hello.kind == WIRE_WORKER;
     uint64_t page_bytes = skv_page_bytes(&fake_geometry);
     *w = (struct wire_welcome){.magic = WIRE_MAGIC,
                                .version = WIRE_VERSION,
@@ -258,16 +250,14 @@ static inline void fake_prepare(struct fake *f)
                                      page_bytes, f->extents ? f->extents : 1, &f->pool) == 0);
     const struct skv_pool_handles *pool = skv_pool_exported(f->pool);
     w->pool_bytes = pool->pool_bytes;
-    w->pool_pages = w->descriptors = pool->pool_bytes / page_bytes;
+    w->pool_pages = pool->pool_bytes / page_bytes;
     w->extent_bytes = pool->extent_bytes;
     w->extents = pool->extents;
 
     f->fds[0] = fake_memory(w->session_bytes, F_SEAL_SHRINK | F_SEAL_GROW);
     f->fds[1] = eventfd(0, EFD_CLOEXEC);
     f->fds[2] = eventfd(0, EFD_CLOEXEC);
-    uint64_t table = sizeof(struct wire_table) + w->descriptors * sizeof(struct wire_page_entry);
-    f->fds[3] = worker ? fake_memory(table, F_SEAL_SHRINK) : eventfd(0, EFD_CLOEXEC);
-    f->fds[4] = eventfd(0, EFD_CLOEXEC);
+    f->fds[3] = eventfd(0, EFD_CLOEXEC);
     f->memory = mmap(NULL, w->session_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, f->fds[0], 0);
     FAKE_CHECK(f->memory != MAP_FAILED);
     struct wire_ring *ring = (struct wire_ring *)f->memory;
@@ -285,22 +275,7 @@ static inline void fake_prepare(struct fake *f)
 static inline bool fake_try_send(struct fake *f, const void *bytes, size_t size, const int *fds,
                                  uint32_t count)
 {
-    static union {
-        char bytes[CMSG_SPACE(WIRE_FDS_PER_MESSAGE * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    struct iovec part = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = size};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    if (count) {
-        message.msg_control = control.bytes;
-        message.msg_controllen = CMSG_SPACE(count * sizeof(int));
-        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(count * sizeof(int));
-        memcpy(CMSG_DATA(header), fds, count * sizeof(int));
-    }
-    return sendmsg(f->socket, &message, MSG_NOSIGNAL) == (ssize_t)size;
+    return skv_send_fds(f->socket, bytes, size, fds, count, 0) == 0;
 }
 
 static inline void fake_send(struct fake *f, const void *bytes, size_t size, const int *fds,
@@ -311,7 +286,7 @@ static inline void fake_send(struct fake *f, const void *bytes, size_t size, con
 
 static inline void fake_send_welcome(struct fake *f)
 {
-    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, f->hello.kind == WIRE_WORKER ? 4 : 3);
+    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, FAKE_FDS);
 }
 
 static inline void fake_send_extents(struct fake *f)

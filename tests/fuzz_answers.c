@@ -2,7 +2,8 @@
  * goodbyes. The input is a script for both: calls of a worker's or an admin's, and what the daemon
  * does meanwhile. It is a daemon in the same thread: it takes a turn whenever the library waits, so
  * that an input can be had again exactly. Time passes as it says, too. A quarter of the inputs have
- * a second thread, which changes the session's memory under the library's eyes.
+ * a second thread, which changes the session's memory under the library's eyes, and under those of
+ * the caller, who must not see it.
  *
  * Every call must end by its deadline with a status, every batch name pages that can be touched,
  * and no descriptor or mapping stay behind. */
@@ -37,12 +38,11 @@ static const struct skv_geometry geometry = {
     .layers = 2, .heads = 1, .head_dim = 64, .page_tokens = 16};
 static const struct skv_id model = {.lo = 11, .hi = 22};
 
-/* Descriptors that a message may carry; a welcome wants the first four, extents the fifth. */
+/* Descriptors that a message may carry; a welcome wants the first three, extents the fourth. */
 enum kind {
     MEMORY,
     SQ,
     CQ,
-    TABLE,
     EXTENT,
     SHORT,
     UNSEALED,
@@ -188,26 +188,22 @@ static void let_flip(bool on)
 static void make_kinds(void)
 {
     const int fixed = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
-    const uint64_t session_bytes = wire_session_bytes(ROWS),
-                   pages = MOST_EXTENTS * EXTENT_BYTES / skv_page_bytes(&geometry);
+    const uint64_t session_bytes = wire_session_bytes(ROWS);
     int ends[2];
     FUZZ_MUST(pipe2(ends, O_CLOEXEC) == 0);
-    const int made[KINDS] = {
-        [MEMORY] = fuzz_memory(session_bytes, fixed),
-        [SQ] = eventfd(0, EFD_CLOEXEC),
-        [CQ] = eventfd(0, EFD_CLOEXEC),
-        [TABLE] =
-            fuzz_memory(sizeof(struct wire_table) + pages * sizeof(struct wire_page_entry), fixed),
-        [EXTENT] = fuzz_memory(EXTENT_BYTES, fixed),
-        [SHORT] = fuzz_memory(4096, fixed),
-        [UNSEALED] = fuzz_memory(session_bytes, F_SEAL_GROW),
-        [READ_ONLY] = fuzz_memory(session_bytes, fixed | F_SEAL_WRITE),
-        [FULL_BELL] = eventfd(0, EFD_CLOEXEC),
-        [PIPE_OUT] = ends[0],
-        [PIPE_IN] = ends[1],
-        [NOTHING] = open("/dev/null", O_RDWR | O_CLOEXEC),
-        [DIRECTORY] = open("/", O_RDONLY | O_CLOEXEC),
-        [PROCESS] = (int)syscall(SYS_pidfd_open, getpid(), 0)};
+    const int made[KINDS] = {[MEMORY] = fuzz_memory(session_bytes, fixed),
+                             [SQ] = eventfd(0, EFD_CLOEXEC),
+                             [CQ] = eventfd(0, EFD_CLOEXEC),
+                             [EXTENT] = fuzz_memory(EXTENT_BYTES, fixed),
+                             [SHORT] = fuzz_memory(4096, fixed),
+                             [UNSEALED] = fuzz_memory(session_bytes, F_SEAL_GROW),
+                             [READ_ONLY] = fuzz_memory(session_bytes, fixed | F_SEAL_WRITE),
+                             [FULL_BELL] = eventfd(0, EFD_CLOEXEC),
+                             [PIPE_OUT] = ends[0],
+                             [PIPE_IN] = ends[1],
+                             [NOTHING] = open("/dev/null", O_RDWR | O_CLOEXEC),
+                             [DIRECTORY] = open("/", O_RDONLY | O_CLOEXEC),
+                             [PROCESS] = (int)syscall(SYS_pidfd_open, getpid(), 0)};
     memcpy(kinds, made, sizeof kinds);
     fake.memory = mmap(NULL, session_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, kinds[MEMORY], 0);
     FUZZ_MUST(fake.memory != MAP_FAILED);
@@ -293,14 +289,14 @@ static void spoil(struct fuzz_input *in, void *bytes, size_t size, uint32_t chan
 /* Takes a connection and its hello; the one before is over. */
 static void accept_one(void)
 {
-    int fds[SKV_FDS_PER_MESSAGE];
+    int fds[2];
     uint32_t count;
     int socket = accept4(fake.listener, NULL, NULL, SOCK_CLOEXEC);
     if (socket < 0)
         return;
     hang_up();
     fake.socket = socket;
-    if (skv_receive_fds(socket, &fake.hello, sizeof fake.hello, fds, &count, MSG_DONTWAIT) !=
+    if (skv_receive_fds(socket, &fake.hello, sizeof fake.hello, fds, 2, &count, MSG_DONTWAIT) !=
         sizeof fake.hello) {
         FUZZ_MUST(count == 0);
         return;
@@ -346,14 +342,13 @@ static void welcome(struct fuzz_input *in, uint8_t how)
                              .pool_id = fake.kept ? 4711 : 0,
                              .protect = fake.protect};
     memcpy(w.uuid, fake.uuid, sizeof w.uuid);
-    w.descriptors = w.pool_pages;
-    int fds[6] = {kinds[MEMORY], kinds[SQ], kinds[CQ], kinds[TABLE], kinds[TABLE], kinds[TABLE]};
-    uint32_t count = fake.hello.rows ? 4 : 3;
+    int fds[6] = {kinds[MEMORY], kinds[SQ], kinds[CQ], kinds[SQ], kinds[SQ], kinds[SQ]};
+    uint32_t count = 3;
     size_t bytes = sizeof w;
     spoil(in, &w, sizeof w, how & 3);
     if (how & 4) { /* another fd somewhere */
         uint8_t which = fuzz_u8(in);
-        fds[which % 4] = kinds[(which >> 2) % KINDS];
+        fds[which % 3] = kinds[(which >> 2) % KINDS];
     }
     if (how & 8)
         count = fuzz_u8(in) % 7;
@@ -605,11 +600,10 @@ int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout_ms)
 
 /* ---- the caller ---- */
 
-static void check_batch(const struct skv_batch *batch, const struct skv_request *requests,
-                        bool flipped)
+static void check_batch(const struct skv_batch *batch, const struct skv_request *requests)
 {
     uint64_t page_bytes = skv_page_bytes(&geometry);
-    for (uint32_t i = 0; i < batch->count && !flipped; i++) {
+    for (uint32_t i = 0; i < batch->count; i++) {
         const struct skv_grant *g = &batch->grants[i];
         if (g->status)
             continue;
@@ -625,7 +619,7 @@ static void check_batch(const struct skv_batch *batch, const struct skv_request 
     }
 }
 
-static int acquire(struct fuzz_input *in, uint32_t row, bool flipped)
+static int acquire(struct fuzz_input *in, uint32_t row)
 {
     struct skv_request requests[USERS];
     uint8_t how = fuzz_u8(in);
@@ -640,7 +634,7 @@ static int acquire(struct fuzz_input *in, uint32_t row, bool flipped)
     }
     int status = skv_acquire(skv, row, requests, count, &batches[row]);
     if (status == 0 && batches[row].count)
-        check_batch(&batches[row], requests, flipped);
+        check_batch(&batches[row], requests);
     return status;
 }
 
@@ -654,7 +648,7 @@ static int list(struct fuzz_input *in)
     return got > 0 ? 0 : got;
 }
 
-static int call(struct fuzz_input *in, bool flipped)
+static int call(struct fuzz_input *in)
 {
     uint8_t op = fuzz_u8(in);
     uint32_t row = op >> 4 & 1;
@@ -665,7 +659,7 @@ static int call(struct fuzz_input *in, bool flipped)
     uint64_t ns;
     switch (op & 15) {
     case 0 ... 2:
-        return acquire(in, row, flipped);
+        return acquire(in, row);
     case 3 ... 4:
         return skv_commit(skv, &batches[row], op & 32 ? results : NULL);
     case 5:
@@ -723,7 +717,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         script = &in;
         int status;
         if (skv) {
-            status = call(&in, flipped);
+            status = call(&in);
         } else {
             opened++;
             status = skv_open(&options, &skv);

@@ -201,7 +201,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 static void fill_tables(void)
 {
     *table = (struct wire_table){.magic = WIRE_MAGIC,
-                                 .version = WIRE_VERSION,
+                                 .version = WIRE_TABLE_VERSION,
                                  .geometry = geometry,
                                  .pages = EXTENTS * EXTENT_BYTES / skv_page_bytes(&geometry),
                                  .pool_id = 4711};

@@ -536,28 +536,6 @@ static inline void memory_cut_grown_and_sealed(struct scene *s)
     lives(s);
 }
 
-static inline void table_written(struct scene *s)
-{
-    NEED(opens(s));
-    int fd = s->raw.table_fd;
-    NEED(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED);
-    NEED(write(fd, "x", 1) < 0 && ftruncate(fd, 0) && fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE));
-    NEED(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096));
-    void *map = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
-    NEED(map != MAP_FAILED && mprotect(map, 4096, PROT_READ | PROT_WRITE));
-    lives(s);
-}
-
-static inline void table_sealed_through_proc(struct scene *s)
-{
-    char path[64];
-    NEED(opens(s));
-    snprintf(path, sizeof path, "/proc/self/fd/%d", s->raw.table_fd);
-    int fd = open(path, O_RDWR | O_CLOEXEC); /* the owner may */
-    NEED(fd < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE));
-    lives(s);
-}
-
 static inline void doorbell_storm(struct scene *s)
 {
     NEED(opens(s));

@@ -56,8 +56,8 @@ wanted() {
     [ -z "$only" ] || case " $only " in *" $1 "*) ;; *) return 1 ;; esac
 }
 only="$*"
-wanted handshake && run 7 handshake "handshakes: messages, descriptors, hang-ups" daemon/peer.c \
-    "receive all_zero check_hello check_process map_gates release_drained let_in on_hello refuse on_hangup"
+wanted handshake && run 7 handshake "handshakes: messages, descriptors, hang-ups" "daemon/peer.c common/fdpass.c" \
+    "skv_receive_fds receive all_zero check_hello check_process map_gates release_drained let_in on_hello refuse on_hangup"
 wanted entries && run 7 entries "ring entries and arenas, while a second thread changes them" daemon/commands.c \
     "skv_peer_serve check_entry copy_requests acquire_now do_acquire do_end name next_named do_lookup truncate_one do_truncate try_evict do_evict do_flush do_list do_nop records_found"
 wanted answers && run 7 answers "the library: a daemon's welcome, fds, completions, grants, views, goodbye" \

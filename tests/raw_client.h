@@ -10,6 +10,7 @@
 #include <sys/un.h>
 
 #include "daemon_rig.h"
+#include "fdpass.h"
 #include "ring.h"
 
 #define RAW_PATIENCE_MS 60000 /* for what the daemon does at once, on a busy machine */
@@ -24,7 +25,7 @@ struct raw {
     struct wire_cqe *cqes;
     struct wire_slot *slots;
     uint32_t sq_tail, cq_head;
-    int sq_fd, cq_fd, memory_fd, table_fd, gate_fd;
+    int sq_fd, cq_fd, memory_fd, gate_fd;
 };
 
 static inline int raw_connect(const struct rig *rig)
@@ -61,7 +62,7 @@ static inline int raw_gates(uint64_t bytes, bool sealed)
     return fd;
 }
 
-/* false: it cannot be sent. */
+/* With more fds than skv_send_fds() would. false: it cannot be sent. */
 static inline bool raw_send(int socket, const void *message, size_t bytes, const int *fds,
                             uint32_t count)
 {
@@ -84,24 +85,17 @@ static inline bool raw_send(int socket, const void *message, size_t bytes, const
  * -1 for nothing in time. */
 static inline ssize_t raw_receive(int socket, void *message, size_t bytes, int *fds, int timeout_ms)
 {
-    char room[CMSG_SPACE(256 * sizeof(int))];
-    struct iovec part = {.iov_base = message, .iov_len = bytes};
-    struct msghdr in = {
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof room};
+    int came[SKV_FDS_PER_MESSAGE];
+    uint32_t count;
     struct pollfd wait = {.fd = socket, .events = POLLIN};
     if (poll(&wait, 1, timeout_ms) <= 0)
         return -1;
-    ssize_t got = recvmsg(socket, &in, MSG_CMSG_CLOEXEC);
-    struct cmsghdr *header = got > 0 ? CMSG_FIRSTHDR(&in) : NULL;
-    uint32_t count = header ? (uint32_t)((header->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
-    for (uint32_t i = 0; i < count; i++) {
-        int fd;
-        memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
+    ssize_t got = skv_receive_fds(socket, message, bytes, came, SKV_FDS_PER_MESSAGE, &count, 0);
+    for (uint32_t i = 0; i < count; i++)
         if (fds && i < 8)
-            fds[i] = fd;
+            fds[i] = came[i];
         else
-            close(fd);
-    }
+            close(came[i]);
     return got < 0 ? 0 : got;
 }
 
@@ -126,7 +120,6 @@ static inline bool raw_welcome(struct raw *raw, uint32_t rows)
     raw->memory_fd = fds[0];
     raw->sq_fd = fds[1];
     raw->cq_fd = fds[2];
-    raw->table_fd = fds[3];
     return raw->memory != MAP_FAILED && raw->welcome.session_bytes == wire_session_bytes(rows);
 }
 
@@ -204,7 +197,6 @@ static inline void raw_close(struct raw *raw)
     close(raw->memory_fd);
     close(raw->sq_fd);
     close(raw->cq_fd);
-    close(raw->table_fd);
     close(raw->gate_fd);
     close(raw->socket);
 }

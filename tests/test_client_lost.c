@@ -298,6 +298,14 @@ static void refuse_now(struct fake *f)
     fake_send(f, &f->welcome, sizeof f->welcome, NULL, 0);
 }
 
+static void another_version(struct fake *f)
+{
+    fake_accept(f);
+    f->welcome = (struct wire_welcome){
+        .magic = WIRE_MAGIC, .version = WIRE_VERSION + 1, .status = SKV_EVERSION};
+    fake_send(f, &f->welcome, sizeof f->welcome, NULL, 0);
+}
+
 static void another_device(struct fake *f)
 {
     fake_accept(f);
@@ -316,6 +324,9 @@ Test(client_lost, a_reconnect_that_is_refused_returns_at_once_and_may_be_tried_a
     fake_end(&fake);
     fake_start(&fake, refuse_now);
     cr_expect_eq(skv_reconnect(skv, long_ms), SKV_EGEOMETRY);
+    cr_assert_eq(fake_end(&fake), 0);
+    fake_start(&fake, another_version);
+    cr_expect_eq(skv_reconnect(skv, long_ms), SKV_EVERSION);
     cr_assert_eq(fake_end(&fake), 0);
     fake_start(&fake, another_device);
     cr_expect_eq(skv_reconnect(skv, long_ms), SKV_ENODEVICE);
@@ -372,7 +383,7 @@ static void serve_many(struct fake *f)
         fake_await_hang_up(f);
         close(f->socket);
         munmap(f->memory, f->welcome.session_bytes);
-        for (int fd = 0; fd < FAKE_FDS_MAX; fd++)
+        for (int fd = 0; fd <= FAKE_FDS; fd++)
             close(f->fds[fd]);
         skv_pool_close(f->pool);
         skv_device_close(f->device);

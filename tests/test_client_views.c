@@ -225,23 +225,65 @@ Test(views, a_pool_of_other_extents_is_mapped_anew)
 
 /* ---- a list that changes ---- */
 
-static void idle(struct fake *f)
+static void lend_once(struct fake *f)
 {
     fake_handshake(f);
+    grant(f, EXTENT_PAGES - 1);
     fake_await_hang_up(f);
 }
 
-/* The page list stays the daemon's memory: what was checked may be another page by now. */
-Test(views, a_page_that_leaves_the_pool_after_it_was_checked_ends_the_session)
+/* The lists in the slot stay the daemon's to write. */
+Test(views, what_was_granted_is_what_was_checked_whatever_the_daemon_writes_later)
 {
-    static const uint32_t pages[] = {1, UINT32_MAX / 2};
-    fake_start(&fake, idle);
+    fake_start(&fake, lend_once);
     struct skv_options options = fake_options(&fake);
     cr_assert_eq(skv_open(&options, &skv), 0);
-    batch = (struct skv_batch){
-        .count = 1, .grants[0] = {.flags = SKV_GRANT_APPEND, .page_count = 2, .pages = pages}};
-    cr_expect_eq(skv_views_grant(skv, &batch), SKV_EPROTO);
-    cr_expect(skv_lost(skv));
-    cr_expect_eq(in_view(), 1);
-    cr_assert_eq(fake_end(&fake), 0);
+    cr_assert_eq(acquire(), 0);
+    memset(skv_slot(skv, 0)->pages, 0xff, sizeof skv_slot(skv, 0)->pages);
+    cr_assert_eq(batch.grants[0].page_count, 3);
+    for (uint32_t i = 0; i < 3; i++)
+        cr_expect_eq(batch.grants[0].pages[i], EXTENT_PAGES - 1 + i);
+    cr_expect_eq(skv_views_grant(skv, &batch), 0);
+    cr_expect_eq(in_view(), 0x3);
+    skv_close(skv);
+    skv = NULL;
+    cr_expect_eq(fake_end(&fake), 0);
+}
+
+static void lend_to_all(struct fake *f)
+{
+    fake_handshake(f);
+    struct wire_sqe sqe = fake_take(f, WIRE_ACQUIRE);
+    struct wire_slot *slot = fake_slot(f, 0);
+    for (uint32_t i = 0; i < SKV_MAX_BATCH; i++) {
+        struct wire_grant *g = fake_grant(f, 0, i, SKV_MAX_TOKENS, false);
+        for (uint32_t page = 0; page < SKV_MAX_USER_PAGES; page++)
+            slot->pages[g->page_offset + page] = (i + page) % (EXTENTS * EXTENT_PAGES);
+    }
+    fake_answer(f, &sqe, 0);
+    fake_await_hang_up(f);
+}
+
+/* The most that a batch can have. */
+Test(views, the_largest_batch_is_handed_out_whole)
+{
+    static uint64_t history[SKV_MAX_TOKENS];
+    static struct skv_request requests[SKV_MAX_BATCH];
+    fake_start(&fake, lend_to_all);
+    struct skv_options options = fake_options(&fake);
+    cr_assert_eq(skv_open(&options, &skv), 0);
+    for (uint32_t i = 0; i < SKV_MAX_BATCH; i++)
+        requests[i] = (struct skv_request){.user = skv_user_integer(i),
+                                           .tokens = history,
+                                           .history = SKV_MAX_TOKENS,
+                                           .max_cached = UINT32_MAX};
+    cr_assert_eq(skv_acquire(skv, 0, requests, SKV_MAX_BATCH, &batch), 0);
+    for (uint32_t i = 0; i < SKV_MAX_BATCH; i++) {
+        cr_assert_eq(batch.grants[i].page_count, SKV_MAX_USER_PAGES);
+        for (uint32_t page = 0; page < SKV_MAX_USER_PAGES; page++)
+            cr_assert_eq(batch.grants[i].pages[page], (i + page) % (EXTENTS * EXTENT_PAGES));
+    }
+    skv_close(skv);
+    skv = NULL;
+    cr_expect_eq(fake_end(&fake), 0);
 }

@@ -69,7 +69,8 @@ static void *manage(void *unused)
         char text[256] = {0};
         int fds[SKV_FDS_PER_MESSAGE];
         uint32_t count = 0;
-        ssize_t got = skv_receive_fds(manager.socket, text, sizeof text - 1, fds, &count, 0);
+        ssize_t got = skv_receive_fds(manager.socket, text, sizeof text - 1, fds,
+                                      SKV_FDS_PER_MESSAGE, &count, 0);
         if (got > 0 && strcmp(text, "END") == 0)
             return unused;
         if (got > 0 && strcmp(text, "HEARD") == 0)

@@ -253,12 +253,6 @@ Test(hostile, a_client_that_guesses_its_own_id_and_says_it_has_drained_lives)
     play(drained_of_itself, LIVES);
 }
 
-Test(hostile, the_page_descriptors_take_no_writes_and_no_seals)
-{
-    play(table_written, LIVES);
-    play(table_sealed_through_proc, LIVES);
-}
-
 Test(hostile, descriptors_that_come_with_an_empty_message_are_closed)
 {
     char path[64];

@@ -262,3 +262,52 @@ Test(keeper, what_comes_to_a_daemon_without_a_pool_is_let_go)
     cr_expect_eq(fuzz_count_fds(), before);
     expect_nothing_left();
 }
+
+/* A file of these bytes, then zeroes. */
+static int file_of(const void *bytes, size_t count, uint64_t size)
+{
+    int fd = fuzz_memory(size, 0);
+    cr_assert_eq(write(fd, bytes, count), (ssize_t)count);
+    return fd;
+}
+
+/* Is a pool taken whose table is of this version? */
+static bool taken(uint32_t version)
+{
+    const struct skv_geometry geometry = {
+        .layers = 2, .heads = 1, .head_dim = 64, .page_tokens = 16};
+    const uint64_t pages = 2 * EXTENT_BYTES / skv_page_bytes(&geometry);
+    const struct wire_table table = {.magic = WIRE_MAGIC,
+                                     .version = version,
+                                     .geometry = geometry,
+                                     .pages = pages,
+                                     .pool_id = 4711};
+    static const struct keeper_sessions sessions = {.magic = KEEPER_MAGIC, .pool_id = 4711};
+    struct keeper_message m = {.magic = KEEPER_MAGIC, .extent_bytes = EXTENT_BYTES};
+    int fd = file_of(&table, sizeof table, sizeof table + pages * sizeof *table.entries);
+    say(keeper, KEEPER_POOL, 0, 2);
+    m.kind = KEEPER_TABLE;
+    cr_assert_eq(skv_send_fds(keeper, &m, sizeof m, &fd, 1, 0), 0);
+    close(fd);
+    fd = file_of(&sessions, sizeof sessions, sizeof sessions);
+    m.kind = KEEPER_SESSION_TABLE;
+    cr_assert_eq(skv_send_fds(keeper, &m, sizeof m, &fd, 1, 0), 0);
+    close(fd);
+    say(keeper, KEEPER_END, 0, 0);
+    taker.options = (struct options){.geometry = geometry, .export = SKV_EXPORT_FD};
+    cr_assert_eq(take(), 0);
+    return taker.kept.handles.extents == 2;
+}
+
+/* What release 1 of the wire left is as it is now. */
+Test(keeper, a_pool_outlives_a_change_of_the_wire)
+{
+    cr_expect(taken(1));
+    cr_expect_neq(WIRE_VERSION, 1);
+}
+
+Test(keeper, a_pool_with_a_table_of_another_version_is_let_go)
+{
+    cr_expect(!taken(WIRE_TABLE_VERSION + 1));
+    expect_nothing_left();
+}

@@ -78,6 +78,7 @@ struct bad_hello {
     uint64_t gate_bytes;
     bool unsealed;
     int status;
+    const char *text; /* of the answer, somewhere; NULL: whatever it is */
 };
 
 /* Says it, and returns the status of the answer. */
@@ -92,6 +93,7 @@ static int say_hello(const struct bad_hello *bad)
     raw_send(socket, longer, bad->bytes, fds, bad->fds);
     ssize_t got = raw_receive(socket, &welcome, sizeof welcome, NULL, RAW_PATIENCE_MS);
     cr_expect(got == sizeof welcome && welcome.text[0], "%s: a reason in words", bad->what);
+    cr_expect(!bad->text || strstr(welcome.text, bad->text), "%s: %s", bad->what, welcome.text);
     close(fds[0]);
     close(fds[1]);
     close(socket);
@@ -104,7 +106,7 @@ static void every_bad_hello(void)
                                     .bytes = sizeof(struct wire_hello),
                                     .fds = 2,
                                     .gate_bytes = wire_gate_bytes(2, 1)};
-    struct bad_hello bad[16];
+    struct bad_hello bad[20];
     int count = 0;
 #define BAD(text, code, change)                                                                    \
     do {                                                                                           \
@@ -117,7 +119,14 @@ static void every_bad_hello(void)
     BAD("truncated", SKV_EPROTO, bytes = 64);
     BAD("too long", SKV_EPROTO, bytes = 200);
     BAD("another magic", SKV_EPROTO, hello.magic ^= 1);
-    BAD("another version", SKV_EVERSION, hello.version++);
+    BAD("a later version", SKV_EVERSION, hello.version++);
+    bad[count - 1].text = "upgrade the daemon";
+    BAD("a later version's length", SKV_EVERSION, hello.version++);
+    bad[count - 1].bytes = 200;
+    BAD("an earlier version", SKV_EVERSION, hello.version--);
+    bad[count - 1].text = "restart it with the installed";
+    BAD("an earlier version's length", SKV_EVERSION, hello.version--);
+    bad[count - 1].bytes = 64;
     BAD("an unknown kind", SKV_EPROTO, hello.kind = 9);
     BAD("another geometry", SKV_EGEOMETRY, hello.geometry.heads = 4);
     BAD("no rows", SKV_EPROTO, hello.rows = 0);
