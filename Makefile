@@ -201,8 +201,9 @@ $(filter $(B)/tests/stress_%,$(TESTS)) $(PROVERS): $(B)/tests/%: $(O)/tests/%.c.
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
 $(patsubst %,$(B)/tests/%,test_adopt test_cache test_cache_store test_extents stress_cache stress_cache_all): LDFLAGS += -Wl,--wrap=calloc
 $(B)/tests/stress_cache_all: LDFLAGS += -Wl,--wrap=mmap,--wrap=munmap,--wrap=madvise
-# These die where a prover tells them to: common/failpoint.h.
+# These die, or stop, where a prover or a test tells them to: common/failpoint.h.
 FAIL_BINS := $(B)/tests/bin/sidekvd $(B)/tests/bin/sidekv-keeper
+$(B)/tests/test_takeover: | $(FAIL_BINS)
 $(FAIL_BINS) $(B)/tests/prove_kills: $(O)/tests/failpoint.c.o
 $(FUZZERS): $(B)/tests/%: $(O)/tests/%.c.o $(call obj,client/cli_log.c) $(CORE_A)
 	@mkdir -p $(@D)
@@ -293,7 +294,7 @@ coverage: ## line coverage of all tests on the host; less than 90 % is a failure
 	@tests/coverage.sh build/cov
 
 # Not under valgrind: threads by the hundred, whole daemons, what is in the page cache, and the layers' arithmetic.
-VALGRIND_NOT := stress_% %_cuda test_admin test_restart test_standby test_refusals test_hostile test_gates test_protect test_fdpass test_fdstore \
+VALGRIND_NOT := stress_% %_cuda test_admin test_restart test_standby test_takeover test_refusals test_hostile test_gates test_protect test_fdpass test_fdstore \
                 test_client% test_mover% test_direct test_store_crash test_layers_host test_reference test_model
 .PHONY: valgrind
 valgrind: ## memcheck over the unit tests of the host build

@@ -35,13 +35,13 @@ static const struct command {
     {"stats", "[--json]", "the daemon's counters", OPTION_JSON, NONE, cli_stats},
     {"users", "[--limit N] [--model HEX] [--json]", "the users that are cached",
      OPTION_JSON | OPTION_LIMIT | OPTION_MODEL, NONE, cli_users},
-    {"user", "ID [--model HEX] [--json]", "one user", OPTION_JSON | OPTION_MODEL | OPTION_KEY, ID,
-     cli_user},
-    {"evict", "ID [--model HEX]", "store a user, then free its pool pages",
+    {"user", "ID|--key HEX [--model HEX] [--json]", "one user",
+     OPTION_JSON | OPTION_MODEL | OPTION_KEY, ID, cli_user},
+    {"evict", "ID|--key HEX [--model HEX]", "store a user, then free its pool pages",
      OPTION_MODEL | OPTION_KEY, ID, cli_evict},
-    {"forget", "ID [--model HEX]", "remove a user everywhere; done when it is durable",
+    {"forget", "ID|--key HEX [--model HEX]", "remove a user everywhere; done when it is durable",
      OPTION_MODEL | OPTION_KEY, ID, cli_forget},
-    {"truncate", "ID TOKENS [--model HEX]",
+    {"truncate", "ID|--key HEX TOKENS [--model HEX]",
      "keep a user's first TOKENS, rounded down to whole pages", OPTION_MODEL | OPTION_KEY,
      ID_TOKENS, cli_truncate},
     {"flush", "", "return when everything committed is stored", 0, NONE, cli_flush},
@@ -63,7 +63,7 @@ static const struct option_text {
     {OPTION_LIMIT, "--limit N", "at most N users (default: all)"},
     {OPTION_MODEL, "--model HEX", "only this model's fingerprint, 32 hex digits (default: all)"},
     {OPTION_KEY, "--key HEX", "the user by key, 32 hex digits as `users` prints them; no ID then"},
-    {0, "--help", "this text"},
+    {0, "-h, --help", "this text"},
 };
 
 static void print_help(FILE *out)
@@ -75,8 +75,8 @@ static void print_help(FILE *out)
             "  %-9s %s\n\n"
             "options:\n"
             "  --socket PATH  the daemon's socket (or SIDEKV_SOCKET; default %s)\n"
-            "  --version      print the version\n"
-            "  --help         this text; `sidekv help COMMAND` for one command\n\n"
+            "  -V, --version  print the version\n"
+            "  -h, --help     this text; `sidekv help COMMAND` for one command\n\n"
             "ID: digits are an integer user, anything else a named one.\n"
             "Exit codes: 0 done, 1 failed, 2 wrong command line.\n",
             "help", "what a command does and takes", SKV_DEFAULT_SOCKET);

@@ -1,6 +1,6 @@
-/* Named instructions at which a prover may have a process killed: daemon, keeper and client library
- * call skv_failpoint() there, and tests/failpoint.c, which no shipped program links, does it.
- * Without it the call is a load and a branch that is never taken.
+/* Named instructions at which a prover may have a process killed, or a test stopped: daemon, keeper
+ * and client library call skv_failpoint() there, and tests/failpoint.c, which no shipped program
+ * links, does it. Without it the call is a load and a branch that is never taken.
  *
  * A point stands between two steps that another process can see: a descriptor and the next one, a
  * change and its answer. The list is the provers' too, who fail when a point is never reached. */

@@ -9,6 +9,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "utc.h"
+
 static const char *const level_names[] = {"error", "warn", "info", "debug"};
 static const int priorities[] = {3, 4, 6, 7}; /* syslog's */
 static const char *log_who = "sidekv";
@@ -51,13 +53,11 @@ void skv_log_init(const char *who, enum skv_log_level level)
 static int put_prefix(char *line, size_t size, enum skv_log_level level)
 {
     struct timespec now;
-    struct tm utc;
-    char text[32];
+    char text[SKV_UTC_BYTES];
     if (log_journal)
         return snprintf(line, size, "<%d>", priorities[level]);
     clock_gettime(CLOCK_REALTIME, &now);
-    gmtime_r(&now.tv_sec, &utc);
-    strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &utc);
+    skv_utc_text(text, (uint64_t)now.tv_sec);
     return snprintf(line, size, "%s.%03ldZ ", text, now.tv_nsec / 1000000);
 }
 

@@ -3,7 +3,8 @@
  * and does not look into what it holds. This file has the processes: the daemon that runs, the one
  * that is to follow, and when each is started and ended.
  *
- * When sidekvd ends:   status 0, or after a SIGTERM that was passed on: the keeper ends with it
+ * When sidekvd ends:   status 0, or after a SIGTERM that was passed on: the keeper ends with it,
+ *                      unless it leaves a pool that is not stored: see is_over()
  *                      KEEPER_RESTART (planned restart): started anew at once
  *                      a failed first start (it never served): the keeper ends with its status
  *                      anything else: started anew, at once, with growing pauses when it does not
@@ -11,14 +12,14 @@
  * The next one is started while another serves, where that wants it (KEEPER_SERVES), else when
  * that is being killed, which it says before it is gone (KEEPER_LIFE). It opens its device, and
  * waits: it gets nothing until the one before has been reaped. One that dies waiting is replaced,
- * at growing pauses. It is called off, and another started, at a planned restart, where nothing is
- * kept, and where the program's file is another one by then: what takes over is what is installed.
- * When the keeper dies: sidekvd notices and goes on without one (see kept.c). Under systemd the
- * keeper has the manager hold copies of all that it holds (FDSTORE), and of sidekvd's pidfd:
- * sidekvd then ends, and the keeper that systemd starts next kills what is left of it, takes the
- * copies back, and goes on. systemd has heard all that a keeper said before it starts the next one:
- * it reads its notify socket before it looks at who has died. A daemon that was started early and
- * was given nothing ends when its keeper has gone. */
+ * at growing pauses. It is called off when the daemon is told to end; and, another one started, at
+ * a planned restart, where nothing is kept, and where the program's file is another one by then:
+ * what takes over is what is installed. When the keeper dies: sidekvd notices and goes on without
+ * one (see kept.c). Under systemd the keeper has the manager hold copies of all that it holds
+ * (FDSTORE), and of sidekvd's pidfd: sidekvd then ends, and the keeper that systemd starts next
+ * kills what is left of it, takes the copies back, and goes on. systemd has heard all that a keeper
+ * said before it starts the next one: it reads its notify socket before it looks at who has died. A
+ * daemon that was started early and was given nothing ends when its keeper has gone. */
 #include "keeper_held.h"
 
 #include <errno.h>
@@ -58,6 +59,9 @@ struct child {
     pid_t pid;           /* 0: there is none */
     int socket;          /* our end */
     bool listening;      /* it has not closed its end */
+    bool serves;         /* it has said so */
+    bool told;           /* to end, while it lived */
+    bool dying;          /* it is being killed: KEEPER_LIFE */
     bool waits;          /* given nothing yet, its device is open */
     uint64_t began_ns;   /* its start; given what is held: since then */
     struct stat program; /* what it was started from */
@@ -73,9 +77,9 @@ static struct {
 static char **command;   /* sidekvd's */
 static sigset_t signals; /* that signal_fd tells */
 static int signal_fd;
-static bool stopping; /* SIGTERM or SIGINT came */
-static bool served;   /* a daemon has: whatever the next one ends with, it is started anew */
-static bool hurry;    /* for tests: no pauses */
+static int stopping; /* the signal that came: SIGTERM or SIGINT; 0: none */
+static bool served;  /* a daemon has: whatever the next one ends with, it is started anew */
+static bool hurry;   /* for tests: no pauses */
 
 /* ---- starting it ---- */
 
@@ -132,7 +136,12 @@ static bool start(struct child *daemon)
         snprintf(number, sizeof number, "%d", fd);
         setenv(KEEPER_FD, number, 1);
         setpgid(0, 0); /* a terminal's Ctrl-C comes once: from us */
-        sigprocmask(SIG_UNBLOCK, &signals, NULL);
+        /* SIGTERM and SIGINT stay blocked, as sidekvd wants them: one that comes before it has come
+         * so far waits for it. */
+        sigset_t rest;
+        sigemptyset(&rest);
+        sigaddset(&rest, SIGCHLD);
+        sigprocmask(SIG_UNBLOCK, &rest, NULL);
         command[0] = "sidekvd";
         if (path)
             execv(path, command);
@@ -178,14 +187,34 @@ static void give(struct child *daemon)
 
 /* ---- watching it ---- */
 
-static void take_signals(pid_t pid)
+static bool is_dying(struct child *daemon)
+{
+    struct pollfd life = {.fd = held.life, .events = POLLIN};
+    if (poll(&life, 1, 0) == 1) {
+        daemon->dying = true;
+        skv_held_drop_life(&held);
+    }
+    return daemon->dying;
+}
+
+/* Passes the signal on; not to one that is being killed, which stores nothing any more. */
+static void tell(struct child *daemon)
+{
+    if (is_dying(daemon))
+        return;
+    kill(daemon->pid, stopping);
+    daemon->told = true;
+}
+
+/* `daemon`: the one that runs; NULL: none does. */
+static void take_signals(struct child *daemon)
 {
     struct signalfd_siginfo info;
     while (read(signal_fd, &info, sizeof info) == sizeof info)
         if (info.ssi_signo != SIGCHLD) {
-            stopping = true;
-            if (pid > 0)
-                kill(pid, (int)info.ssi_signo);
+            stopping = (int)info.ssi_signo;
+            if (daemon)
+                tell(daemon);
         }
 }
 
@@ -199,6 +228,7 @@ static void listen_to(struct child *daemon)
 {
     struct heard heard = {0};
     daemon->listening = skv_held_listen(&held, daemon->socket, &heard);
+    daemon->serves = daemon->serves || heard.serves;
     served = served || heard.serves;
     if (heard.standby)
         want_next(hurry ? 0 : STANDBY_MS);
@@ -275,7 +305,7 @@ static void reap_next(const struct child *daemon)
  */
 static int look_after_next(struct child *daemon)
 {
-    if (stopping)
+    if (daemon->told)
         call_off(&next.child);
     reap_next(daemon);
     if (stopping || next.child.pid || !next.wanted_ns)
@@ -297,7 +327,8 @@ static bool is_fit(const struct child *daemon)
            (daemon->waits || skv_now_ns() - daemon->began_ns < OPEN_NS);
 }
 
-/* Who follows: the one that waits, or a new one. `anew`: not the one that waits. */
+/* Who follows: the one that waits, or a new one. `anew`: not the one that waits. Where all is to
+ * end, it stores what it was given, and does. */
 static bool succeed(struct child *daemon, bool anew)
 {
     struct child waiting = next.child;
@@ -311,6 +342,8 @@ static bool succeed(struct child *daemon, bool anew)
         call_off(&waiting); /* and the new one opens its device meanwhile */
     if (daemon->pid)
         give(daemon);
+    if (daemon->pid && stopping)
+        tell(daemon);
     return daemon->pid;
 }
 
@@ -331,15 +364,13 @@ static int watch(struct child *daemon)
         if (poll(fds, 4, timeout_ms) < 0 && errno != EINTR)
             skv_error("poll: %s", strerror(errno));
         if (fds[0].revents)
-            take_signals(daemon->pid);
+            take_signals(daemon);
         if (fds[1].revents)
             listen_to(daemon);
-        if (fds[2].revents) {
-            skv_held_drop_life(&held);
-            /* One that ends in order has hung up before. */
-            if (daemon->listening && held.whole && (hurry || lived_long(daemon)))
-                want_next(0);
-        }
+        /* One that ends in order has hung up before. */
+        if (fds[2].revents && is_dying(daemon) && daemon->listening && held.whole &&
+            (hurry || lived_long(daemon)))
+            want_next(0);
         if (fds[3].revents)
             listen_to_next(daemon);
     }
@@ -352,13 +383,20 @@ static int watch(struct child *daemon)
     return status;
 }
 
-/* Does the keeper end too? *code: with which status. */
-static bool is_over(int status, int *code)
+/* Does the keeper end too? *code: with which status. Told to end, it does so once what is kept is
+ * stored, or cannot be: not after a daemon that was being killed when it was told, nor after one
+ * that was about to restart, or that ended before it had looked at what it was given. */
+static bool is_over(const struct child *daemon, int status, int *code)
 {
     *code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    if (stopping || *code == 0)
-        return true;
-    return WIFEXITED(status) && *code != KEEPER_RESTART && !served;
+    bool ends = stopping && !held.whole;
+    if (*code == 0)
+        return daemon->serves || !held.whole;
+    if (*code == KEEPER_RESTART) {
+        *code = ends ? 0 : *code;
+        return ends;
+    }
+    return ends || daemon->told || (WIFEXITED(status) && !served);
 }
 
 static uint32_t longer(uint32_t pause_ms)
@@ -373,7 +411,7 @@ static void rest(uint32_t ms)
     struct pollfd wait = {.fd = signal_fd, .events = POLLIN};
     for (uint64_t until = skv_now_ns() + ms * UINT64_C(1000000); !stopping && skv_now_ns() < until;)
         if (poll(&wait, 1, (int)((until - skv_now_ns()) / 1000000 + 1)) > 0)
-            take_signals(0);
+            take_signals(NULL);
 }
 
 /* Where none can be started now, for want of memory say, what is held is worth waiting with.
@@ -398,7 +436,7 @@ static int keep(void)
         int status = watch(&daemon);
         skv_held_daemon(&held, 0);
         skv_failpoint(FAIL_keeper_reaped);
-        if (is_over(status, &code))
+        if (is_over(&daemon, status, &code))
             break;
         planned = code == KEEPER_RESTART;
         if (planned) {
@@ -412,10 +450,12 @@ static int keep(void)
         skv_error("sidekvd (pid %d) ended with %s: starting it anew%s; %u extents and %u workers "
                   "are kept",
                   (int)daemon.pid, end_text(status, text, sizeof text),
-                  pause_ms ? " after a pause, for it does not live long" : "",
+                  stopping   ? " to store what is kept"
+                  : pause_ms ? " after a pause, for it does not live long"
+                             : "",
                   held.whole ? held.extents : 0, held.worker_count);
         rest(pause_ms);
-        if (stopping)
+        if (stopping && !held.whole)
             break;
     }
     call_off(&next.child);

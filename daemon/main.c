@@ -164,16 +164,12 @@ static int make_table(struct daemon *daemon, uint64_t pages, int *made)
 }
 
 /* Nobody asked for a pool as small as the default is then. */
-static void warn_of_least_pool(const struct daemon *daemon)
+static void warn_of_least_pool(const struct options *o)
 {
-    const struct options *o = &daemon->options;
-    bool cuda = skv_device_info(daemon->device)->kind == SKV_DEVICE_CUDA;
-    if (cuda && !daemon->pool_requested &&
-        o->pool_bytes == OPTIONS_LEAST_PAGES * skv_page_bytes(&o->geometry))
+    if (o->least_pool)
         skv_warn("a pool of only %u pages: %llu MiB of the GPU are free, and the default leaves "
                  "8192. Free some, or say how much the pool may take: --pool-bytes",
-                 OPTIONS_LEAST_PAGES,
-                 (unsigned long long)skv_device_free_bytes(daemon->device) >> 20);
+                 OPTIONS_LEAST_PAGES, (unsigned long long)o->gpu_free_bytes >> 20);
 }
 
 /* An earlier daemon's memory may take a moment to go away after it died: tries for --start-wait. */
@@ -190,7 +186,7 @@ static int make_pool(struct daemon *daemon)
                   (unsigned long long)o->pool_bytes, (unsigned long long)device->total_bytes);
         return SKV_ENOMEM;
     }
-    warn_of_least_pool(daemon);
+    warn_of_least_pool(o);
     for (;;) {
         uint64_t page_bytes = skv_page_bytes(&o->geometry);
         int status = split ? skv_pool_create_split(daemon->device, o->pool_bytes, page_bytes,

@@ -40,7 +40,7 @@ static const char help[] =
     "                       pool comes to 16 extents or more\n"
     "  --pool-bytes SIZE    KV pages (default: CUDA free memory less the larger of 8G and a "
     "quarter;\n"
-    "                       host: an eighth of the memory, at most 4G)\n"
+    "                       but 64 pages; host: an eighth of the memory, at most 4G)\n"
     "  --store-bytes SIZE   the store's map (default: 80 % of the free disk, at most 256G)\n"
     "  --pin-bytes SIZE     of the map registered for the device to read in place (default: a "
     "quarter\n"
@@ -60,7 +60,7 @@ static const char help[] =
     "  --standby WHEN       under sidekv-keeper: start the next daemon as soon as this one serves; "
     "it\n"
     "                       opens its device and waits. on, off, or auto (default): on with a GPU\n"
-    "  --max-users N        users known at one time (default 16777216)\n"
+    "  --max-users N        users known at one time, 1024 to 268435456 (default 16777216)\n"
     "  --epoll              do not use io_uring\n"
     "  --help, --version\n"
     "\n"
@@ -330,15 +330,25 @@ uint64_t options_staging(const struct options *o, struct skv_device *device)
     return bytes < eight_pages ? eight_pages : bytes;
 }
 
+/* A quarter, or 8 GiB where that is more, is left to the workers' models. */
+static uint64_t gpu_pool(struct options *o, uint64_t free_bytes)
+{
+    uint64_t room = free_bytes / 4 > 8 * GIB ? free_bytes / 4 : 8 * GIB;
+    uint64_t least_bytes = OPTIONS_LEAST_PAGES * skv_page_bytes(&o->geometry);
+    o->gpu_free_bytes = free_bytes;
+    o->least_pool = free_bytes < room + least_bytes;
+    return o->least_pool ? least_bytes : free_bytes - room;
+}
+
 void options_defaults(struct options *o, struct skv_device *device)
 {
     bool cuda = skv_device_info(device)->kind == SKV_DEVICE_CUDA;
+    /* For tests, on the host: as on a GPU of which so many bytes are free. */
+    const char *played = getenv("SIDEKV_TEST_GPU_FREE");
     uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    uint64_t page = skv_page_bytes(&o->geometry);
-    if (!o->pool_bytes && cuda) {
-        uint64_t free_bytes = skv_device_free_bytes(device);
-        uint64_t room = free_bytes / 4 > 8 * GIB ? free_bytes / 4 : 8 * GIB;
-        o->pool_bytes = free_bytes > room ? free_bytes - room : OPTIONS_LEAST_PAGES * page;
+    if (!o->pool_bytes && (cuda || played)) {
+        o->pool_bytes =
+            gpu_pool(o, cuda ? skv_device_free_bytes(device) : strtoull(played, NULL, 10));
     } else if (!o->pool_bytes) {
         o->pool_bytes = least(memory / 8, 4 * GIB);
     }

@@ -5,7 +5,8 @@
 #include "device.h"
 #include "store.h"
 
-#define OPTIONS_LEAST_PAGES 64u /* of a default pool, where the GPU has no more than 8 GiB free */
+#define OPTIONS_LEAST_PAGES                                                                        \
+    64u /* of a default pool, where the GPU has hardly more than 8 GiB free */
 
 /* May the next daemon wait beside this one? auto: where opening a device takes long. */
 enum standby { STANDBY_AUTO, STANDBY_ON, STANDBY_OFF };
@@ -23,6 +24,8 @@ struct options {
     enum standby standby;
     enum protection protection;
     uint64_t pool_bytes, store_bytes, pin_bytes, staging_bytes; /* 0: by the machine */
+    bool least_pool;         /* pool_bytes is OPTIONS_LEAST_PAGES by default, for want of more: */
+    uint64_t gpu_free_bytes; /* this was free */
     uint32_t tail_ms, spin_us, lease_ms, start_wait_ms, stop_wait_ms;
     uint32_t max_users;
     bool epoll;

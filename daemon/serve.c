@@ -375,6 +375,7 @@ static void on_signal(void *context, int32_t result)
         skv_info("signal %u: storing what is not stored, then ending", info.ssi_signo);
         skv_notify("STOPPING=1");
         daemon->stopping = true;
+        daemon->restarting = false; /* that stores nothing */
         if (daemon->store && skv_store_broken(daemon->store))
             reopen_store(daemon);
         daemon->offload_stopped = false;

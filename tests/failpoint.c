@@ -29,7 +29,5 @@ void skv_failpoint_reached(enum skv_failpoint point)
         __atomic_sub_fetch(&obeyed->countdown, 1, __ATOMIC_ACQ_REL) != 0)
         return;
     __atomic_store_n(&obeyed->died, getpid(), __ATOMIC_RELEASE);
-    kill(getpid(), SIGKILL);
-    for (;;)
-        pause(); /* the signal is on its way */
+    raise(obeyed->signal ? obeyed->signal : SIGKILL); /* this thread goes no further */
 }

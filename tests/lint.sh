@@ -38,6 +38,9 @@ fi
 if grep -ln '#include <liburing.h>' common/* kernels/* client/* 2>/dev/null || grep -ln '#include <liburing.h>' daemon/* 2>/dev/null | grep -v loop_uring.c; then
     echo "liburing.h belongs to daemon/loop_uring.c and storage/direct.c"; bad=1
 fi
+if grep -nE '(gmtime|localtime)(_r)?\(|strftime\(' common/*.c storage/*.c daemon/*.c client/skv_*.c; then
+    echo "libc's calendar takes a lock, which a forked child may never get: common/utc.h"; bad=1
+fi
 if grep -rnE '\.\./shared' common include kernels storage daemon client Makefile 2>/dev/null; then
     echo "the project stands alone"; bad=1
 fi

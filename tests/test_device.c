@@ -671,6 +671,7 @@ Test(device, another_process_opens_a_gate_without_waking_anyone)
         _exit(0);
     }
     cr_assert_eq(skv_gate_wait(gate, LONG), 0);
+    cr_expect_eq(__atomic_load_n(gate, __ATOMIC_RELAXED), 2, "it did not wait");
     waitpid(child, NULL, 0);
     munmap(gate, 4096);
 }

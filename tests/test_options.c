@@ -52,3 +52,31 @@ Test(options, a_device_has_a_devices_name)
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         cr_expect_eq(parse("--device", wrong[i]), 2, "%s", wrong[i]);
 }
+
+/* Of a GPU, played, of which so much is free. */
+static uint64_t default_pool(const char *free_bytes)
+{
+    struct skv_device *device;
+    setenv("SIDEKV_TEST_GPU_FREE", free_bytes, 1);
+    cr_assert_eq(parse(NULL, NULL), -1);
+    cr_assert_eq(skv_device_open("host", &device), 0);
+    options_defaults(&options, device);
+    skv_device_close(device);
+    return options.pool_bytes;
+}
+
+Test(options, the_default_pool_leaves_8_gib_or_a_quarter_of_a_gpu)
+{
+    const uint64_t gib = UINT64_C(1) << 30;
+    cr_expect_eq(default_pool("17179869184"), 8 * gib); /* 16 GiB */
+    cr_expect_not(options.least_pool);
+    cr_expect_eq(default_pool("68719476736"), 48 * gib); /* 64 GiB */
+    cr_expect_not(options.least_pool);
+    const uint64_t least = 64 * skv_page_bytes(&options.geometry);
+    cr_expect_eq(default_pool("8592031744"), least); /* 8 GiB and 64 pages */
+    cr_expect_not(options.least_pool);
+    cr_expect_eq(default_pool("8592031743"), least);
+    cr_expect(options.least_pool);
+    cr_expect_eq(default_pool("0"), least);
+    cr_expect(options.least_pool);
+}

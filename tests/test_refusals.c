@@ -3,6 +3,7 @@
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <dirent.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 
 #include "raw_client.h"
@@ -465,14 +466,28 @@ Test(refusals, kill_9_keeps_what_is_stored)
     restart(SIGKILL);
 }
 
+/* Has somebody begun to start at the socket? */
+static bool is_claimed(const char *socket)
+{
+    char lock[128];
+    snprintf(lock, sizeof lock, "%s.lock", socket);
+    int fd = open(lock, O_RDWR | O_CLOEXEC);
+    bool claimed = fd >= 0 && flock(fd, LOCK_SH | LOCK_NB) != 0;
+    if (fd >= 0)
+        close(fd);
+    return claimed;
+}
+
 /* A daemon that waits in its start is told to end: it does, well. */
 static void end_while_starting(struct rig *starting, const char *const options[], int signal)
 {
     int status;
     rig_start(starting, options);
-    for (int i = 0; i < RAW_PATIENCE_MS && access(starting->socket, F_OK); i++)
+    for (int i = 0; i < RAW_PATIENCE_MS && !is_claimed(starting->socket); i++)
         usleep(1000);
+    cr_assert(is_claimed(starting->socket));
     usleep(200000); /* it may be further then; it ends wherever it is */
+    cr_expect_eq(waitpid(starting->daemon, &status, WNOHANG), 0, "it does not wait");
     kill(starting->daemon, signal);
     cr_assert_eq(waitpid(starting->daemon, &status, 0), starting->daemon);
     starting->daemon = 0;
@@ -659,6 +674,8 @@ Test(refusals, a_killed_worker_gives_its_pages_back_once_it_is_gone)
         struct wire_cqe cqe;
         raw_completion(&raw, &cqe);
         kill(getpid(), SIGSTOP);
+        shutdown(raw.socket, SHUT_RDWR); /* it hangs up, and lives */
+        kill(getpid(), SIGSTOP);
         _exit(0);
     }
     int status;
@@ -666,6 +683,17 @@ Test(refusals, a_killed_worker_gives_its_pages_back_once_it_is_gone)
     cr_assert(WIFSTOPPED(status));
     cr_assert_eq(skv_stats(good, &stats), 0);
     cr_expect_eq(stats.pool_pages_free + 10, before.pool_pages_free, "ten pages to append to");
+    kill(child, SIGCONT);
+    cr_assert_eq(waitpid(child, &status, WUNTRACED), child);
+    cr_assert(WIFSTOPPED(status));
+    for (int i = 0; i < 6000 && !stats.fenced_leases; i++) {
+        usleep(10000);
+        cr_assert_eq(skv_stats(good, &stats), 0);
+    }
+    usleep(100000); /* it would have given them back */
+    cr_assert_eq(skv_stats(good, &stats), 0);
+    cr_expect_eq(stats.pool_pages_free + 10, before.pool_pages_free, "it may still write to them");
+    cr_expect_eq(stats.pool_pages_quarantined, 10);
     kill(child, SIGKILL);
     waitpid(child, &status, 0);
     for (int i = 0; i < 6000 && stats.pool_pages_free != before.pool_pages_free; i++) {
