@@ -650,7 +650,8 @@ ON_EVERY_BACKEND(a_pool_that_becomes_protected_is_mapped_anew)
 {
     stage(backend);
     char command[256], extra[128];
-    static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0", NULL};
+    static const char *const options[] = {"--pool-bytes", "256M", "--tail-ms", "0",
+                                          "--standby",    "off",  NULL};
     start_extensible(options, "--trust", extra, sizeof extra);
     void *base = skv_pool_base(skv);
     cr_expect_eq(skv_pool_append_base(skv), base);
@@ -676,7 +677,8 @@ ON_EVERY_BACKEND(a_pool_that_becomes_protected_is_mapped_anew)
 static bool becomes_protected(const char *pool_bytes)
 {
     char command[256], extra[128];
-    const char *const options[] = {"--pool-bytes", pool_bytes, "--tail-ms", "0", NULL};
+    const char *const options[] = {"--pool-bytes", pool_bytes, "--tail-ms", "0",
+                                   "--standby",    "off",      NULL};
     start_extensible(options, "--trust", extra, sizeof extra);
     cr_expect_not(skv_server(skv)->protect);
     uint32_t before = skv_server(skv)->pid;
@@ -706,7 +708,8 @@ ON_EVERY_BACKEND(another_geometry_starts_afresh)
 {
     stage(backend);
     char command[256], extra[128];
-    static const char *const options[] = {"--store", "none", "--pool-bytes", "16M", NULL};
+    static const char *const options[] = {"--store", "none", "--pool-bytes", "16M", "--standby",
+                                          "off",     NULL};
     start_extensible(options, "", extra, sizeof extra);
     uint32_t before = skv_server(skv)->pid;
     snprintf(command, sizeof command, "echo --page-tokens 16 >%s", extra);
