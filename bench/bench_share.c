@@ -246,7 +246,8 @@ static pid_t start_daemon(void)
     if (child)
         return child;
     char layers[16], heads[16], dim[16], tokens[16], pool[32];
-    uint64_t pages = (uint64_t)users * (history / model.geometry.page_tokens) * 3 / 2 + 64;
+    /* Of a protected pool one of two sessions may own a third, and the first fills all users. */
+    uint64_t pages = (uint64_t)users * (history / model.geometry.page_tokens) * 4 + 64;
     snprintf(layers, sizeof layers, "%u", model.geometry.layers);
     snprintf(heads, sizeof heads, "%u", model.geometry.heads);
     snprintf(dim, sizeof dim, "%u", model.geometry.head_dim);
