@@ -5,7 +5,7 @@
  *
  * A session takes free extents as it needs them, the next one before its last is full. Its share
  * is bounded, so that onboards (which fill common extents, and always have one left) and other
- * sessions find some: at the bound the fullest of its own is given up for a fresh one. An extent
+ * sessions find some: near the bound the fullest of its own are given up for fresh ones. An extent
  * given up, or whose session has ended, becomes common once no view of it can be left: the session
  * has said that it has applied a list without it, or is gone. A common extent is free when its last
  * page is, and when none is free, one with few pages is cleared. So what a session can write to,
@@ -27,6 +27,14 @@ static uint32_t share(const struct skv_cache *cache)
 {
     uint32_t extents = cache->residences.extents / (cache->session_count + 1);
     return extents ? extents : 1;
+}
+
+/* What of its share a session keeps unused, for a batch that needs much at once: an extent given up
+ * then comes too late, since its worker has to say first that it has no view left. Without it users
+ * are evicted though extents are free. */
+static uint32_t reserve(const struct skv_cache *cache)
+{
+    return share(cache) / 8;
 }
 
 /* The table says, for a daemon to come, of which extents a worker may have a view. */
@@ -240,7 +248,7 @@ void skv_look_ahead(struct skv_cache *cache, uint32_t slot)
     const struct owner *owner = owner_of(cache, slot);
     if (!rs->protect || cache->sessions[slot].state != SESSION_LIVE)
         return;
-    while (owner->extents > share(cache) && give_up(cache, slot)) /* others have come */
+    while (owner->extents + reserve(cache) > share(cache) && give_up(cache, slot))
         ;
     if (owner->extents && owner->free_pages < rs->extent_pages / 4)
         extend(cache, slot);

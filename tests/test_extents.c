@@ -6,10 +6,10 @@
 
 #define EXTENT 4u /* pages */
 
-static void protected_world(uint32_t extents, uint32_t workers)
+static void world_of(uint32_t extents, uint32_t extent_pages, uint32_t workers)
 {
-    world_open((struct skv_cache_options){.pages = extents * EXTENT,
-                                          .extent_pages = EXTENT,
+    world_open((struct skv_cache_options){.pages = extents * extent_pages,
+                                          .extent_pages = extent_pages,
                                           .sessions = SESSIONS,
                                           .max_records = 100,
                                           .lease_ms = 300,
@@ -18,6 +18,11 @@ static void protected_world(uint32_t extents, uint32_t workers)
     workers_open();
     for (uint32_t s = 0; s < workers; s++)
         session_open(s);
+}
+
+static void protected_world(uint32_t extents, uint32_t workers)
+{
+    world_of(extents, EXTENT, workers);
 }
 
 static void append_by(uint32_t s, uint32_t u, uint32_t tokens)
@@ -62,6 +67,20 @@ Test(extents, the_next_one_is_listed_before_the_last_is_full)
     append_by(0, 1, S); /* no page is left of it */
     cr_expect_eq(__builtin_popcountll(listed(0)), 2);
     cr_expect_eq(listed(0) & one, one);
+    check_quiet();
+}
+
+Test(extents, a_share_is_never_used_up_while_extents_are_free)
+{
+    world_of(16, 3, 1); /* a share is eight */
+    for (uint32_t u = 0; u < 5; u++) {
+        append_by(0, u, 6 * S); /* two extents */
+        look_at_views(0);
+    }
+    struct skv_stats stats = stats_now();
+    cr_expect_eq(stats.evicted_users, 0);
+    cr_expect_eq(stats.users_resident, 5);
+    cr_expect_geq(stats.extents_common, 2, "what is full is everybody's");
     check_quiet();
 }
 
