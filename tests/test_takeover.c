@@ -16,7 +16,7 @@ static struct skv *admin; /* it comes while the daemon may have files */
  * this process' child. */
 static void set_up_plan(void)
 {
-    char keeper[512], obedient[520], *bin;
+    char keeper[512], obedient[544], *bin;
     set_up();
     rig_program(keeper, sizeof keeper);
     bin = strstr(keeper, "/bin/sidekv-keeper");
@@ -303,7 +303,7 @@ Test(takeover, the_keeper_told_to_end_while_the_daemon_dies_and_another_waits)
 /* Before sidekvd's first line: a shell that becomes it once it has read one from a pipe. */
 Test(takeover, the_keeper_told_to_end_when_the_next_one_has_hardly_begun)
 {
-    char path[512], script[1200], held[128];
+    char path[512], script[2400], held[128];
     pid_t next = 0;
     stage_plan();
     rig_program(path, sizeof path); /* the keeper */
