@@ -27,7 +27,6 @@
 _Static_assert(WIRE_FDS_PER_MESSAGE <= SKV_FDS_PER_MESSAGE, "a message of the wire fits");
 
 #define CONNECT_RETRY_MS 10
-#define WELCOME_FDS      3u /* session memory, SQ, CQ */
 
 __attribute__((format(printf, 3, 4))) static int fail(struct skv_link *link, int status,
                                                       const char *format, ...)
@@ -254,16 +253,17 @@ static int check_memory(struct skv_link *link)
 static int receive_welcome(struct skv_link *link, const struct wire_hello *hello,
                            uint64_t deadline_ns)
 {
-    int fds[WELCOME_FDS];
+    int fds[WIRE_WELCOME_FDS];
     uint32_t count = 0;
     size_t length = 0;
-    int status = receive(link, &link->welcome, sizeof link->welcome, &length, fds, WELCOME_FDS,
+    int status = receive(link, &link->welcome, sizeof link->welcome, &length, fds, WIRE_WELCOME_FDS,
                          &count, deadline_ns);
     if (status)
         return status;
     status = check_welcome(link, hello, length);
-    if (!status && count != WELCOME_FDS)
-        status = fail(link, SKV_EPROTO, "the welcome carries %u fds, not %u", count, WELCOME_FDS);
+    if (!status && count != WIRE_WELCOME_FDS)
+        status =
+            fail(link, SKV_EPROTO, "the welcome carries %u fds, not %u", count, WIRE_WELCOME_FDS);
     if (status) {
         close_all(fds, count);
         return status;

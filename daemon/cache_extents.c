@@ -29,14 +29,6 @@ static uint32_t share(const struct skv_cache *cache)
     return extents ? extents : 1;
 }
 
-/* What of its share a session keeps unused, for a batch that needs much at once: an extent given up
- * then comes too late, since its worker has to say first that it has no view left. Without it users
- * are evicted though extents are free. */
-static uint32_t reserve(const struct skv_cache *cache)
-{
-    return share(cache) / 8;
-}
-
 /* The table says, for a daemon to come, of which extents a worker may have a view. */
 static void mark(struct skv_cache *cache, uint32_t extent, bool viewed)
 {
@@ -248,7 +240,11 @@ void skv_look_ahead(struct skv_cache *cache, uint32_t slot)
     const struct owner *owner = owner_of(cache, slot);
     if (!rs->protect || cache->sessions[slot].state != SESSION_LIVE)
         return;
-    while (owner->extents + reserve(cache) > share(cache) && give_up(cache, slot))
+    /* An eighth of its share stays unused, for a batch that needs much at once: an extent given up
+     * then comes too late, since its worker has to say first that it has no view left. Users would
+     * be evicted though extents are free. */
+    const uint32_t bound = share(cache);
+    while (owner->extents > bound - bound / 8 && give_up(cache, slot))
         ;
     if (owner->extents && owner->free_pages < rs->extent_pages / 4)
         extend(cache, slot);

@@ -5,8 +5,8 @@
 #include "device.h"
 #include "store.h"
 
-#define OPTIONS_LEAST_PAGES                                                                        \
-    64u /* of a default pool, where the GPU has hardly more than 8 GiB free */
+/* Of a default pool, where the GPU has hardly more than 8 GiB free. */
+#define OPTIONS_LEAST_PAGES 64u
 
 /* May the next daemon wait beside this one? auto: where opening a device takes long. */
 enum standby { STANDBY_AUTO, STANDBY_ON, STANDBY_OFF };

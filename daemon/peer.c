@@ -220,11 +220,9 @@ static void on_bell(void *context, int32_t result)
 
 /* ---- the handshake ---- */
 
-#define HELLO_FDS 2u /* a worker's: pidfd and gates */
-
 struct hello {
     struct wire_hello message;
-    int fds[HELLO_FDS];
+    int fds[WIRE_HELLO_FDS];
     uint32_t fd_count;
 };
 
@@ -272,7 +270,7 @@ static int receive(struct peer *peer, struct hello *hello)
 {
     hello->message = (struct wire_hello){0};
     ssize_t got = skv_receive_fds(peer->socket, &hello->message, sizeof hello->message, hello->fds,
-                                  HELLO_FDS, &hello->fd_count, MSG_DONTWAIT);
+                                  WIRE_HELLO_FDS, &hello->fd_count, MSG_DONTWAIT);
     int error = got < 0 ? errno : 0;
     if (error == EAGAIN)
         return 0;
@@ -479,8 +477,8 @@ static bool welcome(struct peer *peer)
     memcpy(answer.uuid, device->uuid, sizeof answer.uuid);
     memcpy(answer.ipc, handles->ipc, sizeof answer.ipc);
     snprintf(answer.device, sizeof answer.device, "%s", device->name);
-    int fds[3] = {peer->memory_fd, peer->sq_fd, peer->cq_fd};
-    if (!say(peer, &answer, sizeof answer, fds, 3))
+    const int fds[WIRE_WELCOME_FDS] = {peer->memory_fd, peer->sq_fd, peer->cq_fd};
+    if (!say(peer, &answer, sizeof answer, fds, WIRE_WELCOME_FDS))
         return false;
     for (uint32_t first = 0; first < answer.extents; first += WIRE_FDS_PER_MESSAGE) {
         uint32_t count = answer.extents - first;

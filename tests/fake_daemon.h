@@ -30,7 +30,6 @@
 
 #define FAKE_PATIENCE_MS 60000 /* for what the other side does at once, on a busy machine */
 #define FAKE_POOL_BYTES  (UINT64_C(2) << 20)
-#define FAKE_FDS         3 /* with the welcome: session memory, SQ, CQ */
 
 #define FAKE_CHECK(condition)                                                                      \
     do {                                                                                           \
@@ -59,12 +58,12 @@ struct fake {
     /* the child's */
     int listener, socket;
     struct wire_hello hello;
-    int hello_fds[2];
+    int hello_fds[WIRE_HELLO_FDS];
     uint32_t *gates;
     struct skv_device *device;
     struct skv_pool *pool;
     struct wire_welcome welcome;
-    int fds[FAKE_FDS + 1]; /* one more, to send too many */
+    int fds[WIRE_WELCOME_FDS + 1]; /* one more, to send too many */
     uint8_t *memory;
     struct ring_side sq, cq;
 };
@@ -205,8 +204,8 @@ static inline void fake_accept(struct fake *f)
     f->socket = accept4(f->listener, NULL, NULL, SOCK_CLOEXEC);
     FAKE_CHECK(f->socket >= 0);
     uint32_t count;
-    ssize_t got =
-        skv_receive_fds(f->socket, &f->hello, sizeof f->hello, f->hello_fds, 2, &count, 0);
+    ssize_t got = skv_receive_fds(f->socket, &f->hello, sizeof f->hello, f->hello_fds,
+                                  WIRE_HELLO_FDS, &count, 0);
     FAKE_CHECK(got == (ssize_t)sizeof f->hello);
     FAKE_CHECK(f->hello.magic == WIRE_MAGIC && f->hello.version == WIRE_VERSION);
     bool worker = f->hello.kind == WIRE_WORKER;
@@ -286,7 +285,7 @@ static inline void fake_send(struct fake *f, const void *bytes, size_t size, con
 
 static inline void fake_send_welcome(struct fake *f)
 {
-    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, FAKE_FDS);
+    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, WIRE_WELCOME_FDS);
 }
 
 static inline void fake_send_extents(struct fake *f)

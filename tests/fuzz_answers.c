@@ -289,15 +289,15 @@ static void spoil(struct fuzz_input *in, void *bytes, size_t size, uint32_t chan
 /* Takes a connection and its hello; the one before is over. */
 static void accept_one(void)
 {
-    int fds[2];
+    int fds[WIRE_HELLO_FDS];
     uint32_t count;
     int socket = accept4(fake.listener, NULL, NULL, SOCK_CLOEXEC);
     if (socket < 0)
         return;
     hang_up();
     fake.socket = socket;
-    if (skv_receive_fds(socket, &fake.hello, sizeof fake.hello, fds, 2, &count, MSG_DONTWAIT) !=
-        sizeof fake.hello) {
+    if (skv_receive_fds(socket, &fake.hello, sizeof fake.hello, fds, WIRE_HELLO_FDS, &count,
+                        MSG_DONTWAIT) != sizeof fake.hello) {
         FUZZ_MUST(count == 0);
         return;
     }
@@ -343,7 +343,7 @@ static void welcome(struct fuzz_input *in, uint8_t how)
                              .protect = fake.protect};
     memcpy(w.uuid, fake.uuid, sizeof w.uuid);
     int fds[6] = {kinds[MEMORY], kinds[SQ], kinds[CQ], kinds[SQ], kinds[SQ], kinds[SQ]};
-    uint32_t count = 3;
+    uint32_t count = WIRE_WELCOME_FDS;
     size_t bytes = sizeof w;
     spoil(in, &w, sizeof w, how & 3);
     if (how & 4) { /* another fd somewhere */

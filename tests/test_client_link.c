@@ -166,7 +166,7 @@ static void silent_after_welcome(struct fake *f)
 {
     fake_accept(f);
     fake_prepare(f);
-    if (!fake_try_send(f, &f->welcome, sizeof f->welcome, f->fds, FAKE_FDS))
+    if (!fake_try_send(f, &f->welcome, sizeof f->welcome, f->fds, WIRE_WELCOME_FDS))
         return; /* too slow: the client gave up before */
     fake_here(f);
     await_give_up(f);
@@ -223,7 +223,7 @@ static void truncated(struct fake *f)
 {
     fake_accept(f);
     fake_prepare(f);
-    fake_send(f, &f->welcome, sizeof f->welcome - 8, f->fds, FAKE_FDS);
+    fake_send(f, &f->welcome, sizeof f->welcome - 8, f->fds, WIRE_WELCOME_FDS);
 }
 
 static void overlong(struct fake *f)
@@ -232,21 +232,21 @@ static void overlong(struct fake *f)
     fake_accept(f);
     fake_prepare(f);
     memcpy(message, &f->welcome, sizeof f->welcome);
-    fake_send(f, message, sizeof message, f->fds, FAKE_FDS);
+    fake_send(f, message, sizeof message, f->fds, WIRE_WELCOME_FDS);
 }
 
 static void two_fds(struct fake *f)
 {
     fake_accept(f);
     fake_prepare(f);
-    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, FAKE_FDS - 1);
+    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, WIRE_WELCOME_FDS - 1);
 }
 
 static void four_fds(struct fake *f)
 {
     fake_accept(f);
     fake_prepare(f);
-    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, FAKE_FDS + 1);
+    fake_send(f, &f->welcome, sizeof f->welcome, f->fds, WIRE_WELCOME_FDS + 1);
 }
 
 static void small_memory(struct fake *f)

@@ -383,7 +383,7 @@ static void serve_many(struct fake *f)
         fake_await_hang_up(f);
         close(f->socket);
         munmap(f->memory, f->welcome.session_bytes);
-        for (int fd = 0; fd <= FAKE_FDS; fd++)
+        for (uint32_t fd = 0; fd <= WIRE_WELCOME_FDS; fd++)
             close(f->fds[fd]);
         skv_pool_close(f->pool);
         skv_device_close(f->device);

@@ -66,11 +66,17 @@ static bool is_stopped(pid_t pid)
     return strstr(status_of(pid, "State:", line), "T (stopped)") != NULL;
 }
 
-/* A signal has come to a process that is stopped. */
-static bool has_pending(pid_t pid, int signal)
+/* SIGTERM has come to a process, which has not taken it: it is stopped, or busy. */
+static bool is_told(pid_t pid)
 {
     char line[256];
-    return strtoull(status_of(pid, "ShdPnd:", line), NULL, 16) >> (signal - 1) & 1;
+    return strtoull(status_of(pid, "ShdPnd:", line), NULL, 16) >> (SIGTERM - 1) & 1;
+}
+
+static void await_told(pid_t pid, bool told)
+{
+    for (int i = 0; i < 20000 && is_told(pid) != told; i++)
+        poll(NULL, 0, 1);
 }
 
 /* Whoever comes to the point first stops there. */
@@ -223,8 +229,8 @@ static struct told tell_at(const struct moment *moment, unsigned told)
         kill(next, SIGTERM);
     if (told & KEEPER)
         kill(rig.daemon, SIGTERM);
-    for (int i = 0; stopped != rig.daemon && i < 20000 && !has_pending(next, SIGTERM); i++)
-        poll(NULL, 0, 1);
+    if (stopped != rig.daemon)
+        await_told(next, true);
     return (struct told){.stopped = stopped, .next = next};
 }
 
@@ -283,8 +289,7 @@ static void tell_while_it_dies(bool with_standby)
     pid_t before = (pid_t)skv_server(skv)->pid;
     kill_slowly(rig.daemon, before);
     kill(rig.daemon, SIGTERM);
-    for (int i = 0; i < 20000 && has_pending(rig.daemon, SIGTERM); i++)
-        poll(NULL, 0, 1);
+    await_told(rig.daemon, false);
     let_die(before);
     expect_end();
     expect_stored();
@@ -325,7 +330,7 @@ Test(takeover, the_keeper_told_to_end_when_the_next_one_has_hardly_begun)
         next = other_child(before);
     cr_assert(next && kill(before, 0) != 0);
     kill(rig.daemon, SIGTERM);
-    for (int i = 0; i < 2000 && !has_pending(next, SIGTERM) && kill(next, 0) == 0; i++)
+    for (int i = 0; i < 2000 && !is_told(next) && kill(next, 0) == 0; i++)
         poll(NULL, 0, 1);
     int line = open(held, O_RDWR | O_CLOEXEC);
     cr_assert_eq(write(line, "\n", 1), 1);
@@ -345,8 +350,7 @@ Test(takeover, the_keeper_told_to_end_while_the_daemon_ends_for_a_restart)
     cr_assert_eq(skv_restart(admin), 0);
     pid_t stopped = await_stopped();
     kill(rig.daemon, SIGTERM);
-    for (int i = 0; i < 20000 && !has_pending(stopped, SIGTERM); i++)
-        poll(NULL, 0, 1);
+    await_told(stopped, true);
     kill(stopped, SIGCONT);
     expect_end();
     expect_stored();
@@ -361,8 +365,7 @@ Test(takeover, a_daemon_told_to_end_instead_of_restarting_stores_all)
     cr_assert_eq(acquire(skv, 0, known[0].committed, SKV_REQUEST_READ, &batch), 0);
     cr_assert_eq(skv_restart(admin), 0);
     kill(daemon, SIGTERM);
-    for (int i = 0; i < 20000 && has_pending(daemon, SIGTERM); i++)
-        poll(NULL, 0, 1);
+    await_told(daemon, false);
     skv_release(skv, &batch);
     poll(NULL, 0, 300); /* it would have ended */
     cr_expect_eq(kill(daemon, 0), 0);
