@@ -6,9 +6,9 @@
  * (attention_sm90_item.cuh). A block is a producer warp and two consumer warpgroups of 64 query
  * rows each:
  *
- *   producer   decodes items into shared memory, and keeps a ring of 16 KiB slots full: 128 keys of
- *              K as D/64 slots [128 keys][64 dims], then of V as D/64 slots [D/64 chunks]
- *              [128 * 64/D keys][64 dims], then the next 128 keys
+ *   producer   decodes items into shared memory, and keeps a ring of slots full: 128 keys of K as
+ *              D/64 parts [128 keys][64 dims], then of V as D/64 parts [D/64 chunks]
+ *              [128 * 64/D keys][64 dims], then the next 128 keys; two parts a slot, or D/64
  *   consumer   s = q k^T (both from shared memory), p = SiLU(s / sqrt(D)) to bf16 in registers,
  *              o += p v (p as the register operand). o stays in registers for the whole item
  *
@@ -51,7 +51,7 @@ template <int D> struct control {
 template <int D> constexpr uint32_t shared_bytes()
 {
     /* The base is aligned by hand: nobody promises dynamic shared memory 1 KiB. */
-    return 1024 + WARPGROUPS * config<D>::Q_BYTES + config<D>::SLOTS * SLOT_BYTES +
+    return 1024 + WARPGROUPS * config<D>::Q_BYTES + config<D>::SLOTS * config<D>::SLOT_BYTES +
            sizeof(struct control<D>);
 }
 static_assert(shared_bytes<256>() <= SHARED_MAX && shared_bytes<128>() <= SHARED_MAX &&
@@ -81,9 +81,12 @@ template <int D> struct layout {
     uint32_t q, slots;
     struct control<D> *control;
 
-    __device__ __forceinline__ uint32_t slot(uint32_t i) const
+    /* Part `part` of what begins with the slot at the cursor. */
+    __device__ __forceinline__ uint32_t part(const struct cursor<D> &from, uint32_t part) const
     {
-        return slots + i * SLOT_BYTES;
+        constexpr int PARTS = config<D>::PARTS;
+        return slots + from.at(part / PARTS).slot * config<D>::SLOT_BYTES +
+               part % PARTS * PART_BYTES;
     }
     __device__ __forceinline__ uint32_t full(uint32_t i) const
     {
@@ -125,24 +128,24 @@ template <int D> struct producer {
         waited = true;
     }
 
-    /* Waits for the next slot and announces its bytes; returns the slot's address. */
-    __device__ __forceinline__ uint32_t open_slot(uint32_t bytes)
+    /* Waits for the next slot and announces its bytes. */
+    __device__ __forceinline__ void open_slot(uint32_t bytes)
     {
         barrier_wait(at.empty(ring.slot), ring.parity ^ 1);
         if (lane == 0)
             barrier_arrive_expect(at.full(ring.slot), bytes);
         __syncwarp();
-        return at.slot(ring.slot);
     }
 
-    /* Into the open slot. In a joined unit the blocks take the slots in turn, each for both: a slot
-     * is empty only when both blocks' consumers have said so. */
-    __device__ __forceinline__ void load(uint32_t to, const CUtensorMap *map, uint32_t row,
-                                         uint32_t chunk, bool joined)
+    /* Into a part of the open slot. In a joined unit the blocks take the parts in turn, each for
+     * both: a slot is empty only when both blocks' consumers have said so. */
+    __device__ __forceinline__ void load(uint32_t to, uint32_t part, const CUtensorMap *map,
+                                         uint32_t row, uint32_t chunk, bool joined)
     {
+        const uint32_t turn = config<D>::PARTS == 1 ? ring.slot : part;
         if (!joined)
             load_box(to, map, row, chunk, at.full(ring.slot), p.policy);
-        else if (ring.slot % 2 == cluster_rank())
+        else if (turn % 2 == cluster_rank())
             load_box_both(to, map, row, chunk, at.full(ring.slot), p.policy);
     }
 
@@ -156,49 +159,59 @@ template <int D> struct producer {
         return (plane << p.page_shift) + (key & ((1 << p.page_shift) - 1));
     }
 
-    /* One chunk of 64 dims of a tile's K. */
+    /* One slot of a tile's K: 64 dims a part. */
     __device__ __forceinline__ void load_k(const struct item *it, const struct tile &tile,
-                                           const struct page_window &window, uint32_t chunk)
+                                           const struct page_window &window, uint32_t slot)
     {
+        constexpr uint32_t PARTS = config<D>::PARTS;
         bool paged = tile.kind == 0;
         int32_t shift = paged ? p.pool.k_shift : HALF_SHIFT, rows = 1 << shift;
         int32_t count = (max(tile.end - tile.start, 0) + rows - 1) >> shift;
-        uint32_t to = open_slot(count * rows * ROW_BYTES) + lane * rows * ROW_BYTES;
+        open_slot(count * rows * ROW_BYTES * PARTS);
         int32_t key = tile.start + min((int32_t)lane, count - 1) * rows;
-        if (paged) {
-            uint32_t row = pool_row(window, key, 0, it->work.head);
-            if ((int32_t)lane < count)
-                load(to, &p.pool_k, row, chunk, it->joined);
-        } else if ((int32_t)lane < count) {
-            uint32_t column = (3 * p.heads + it->work.head) * config<D>::CHUNKS + chunk;
-            load(to, &p.m_k, key + it->to_row, column, it->joined);
-        }
+        uint32_t row = paged ? pool_row(window, key, 0, it->work.head) : key + it->to_row;
+        uint32_t column = paged ? 0 : (3 * p.heads + it->work.head) * config<D>::CHUNKS;
+        const CUtensorMap *map = paged ? &p.pool_k : &p.m_k;
+        if ((int32_t)lane < count)
+#pragma unroll
+            for (uint32_t part = 0; part < PARTS; part++)
+                load(at.part(ring, part) + lane * rows * ROW_BYTES, part, map, row,
+                     column + slot * PARTS + part, it->joined);
+        __syncwarp();
         ring.advance(1);
     }
 
-    /* V_KEYS keys of a tile's V, all dims. */
+    /* One slot of a tile's V: V_KEYS keys a part, all dims. */
     __device__ __forceinline__ void load_v(const struct item *it, const struct tile &tile,
-                                           const struct page_window &window, uint32_t part)
+                                           const struct page_window &window, uint32_t slot)
     {
         constexpr int32_t V_KEYS = config<D>::V_KEYS, CHUNKS = config<D>::CHUNKS;
+        constexpr int32_t PARTS = config<D>::PARTS;
         bool paged = tile.kind == 0;
         bool whole = !paged || p.pool.v_whole; /* a box has all chunks of its rows */
+        const CUtensorMap *map = paged ? &p.pool_v : &p.m_v;
         int32_t shift = paged ? p.pool.v_shift : V_KEYS == 32 ? 5 : HALF_SHIFT, rows = 1 << shift;
-        int32_t start = tile.start + part * V_KEYS;
-        int32_t valid = min(max(tile.end - start, 0), V_KEYS), count = (valid + rows - 1) >> shift;
-        uint32_t slot = open_slot(count * rows * CHUNKS * ROW_BYTES);
-        count = whole ? count : count * CHUNKS;
-        int32_t box = max(min((int32_t)lane, count - 1), 0);
-        int32_t down = (whole ? box : box / CHUNKS) * rows, chunk = whole ? 0 : box % CHUNKS;
-        uint32_t to = slot + (chunk * V_KEYS + down) * ROW_BYTES;
-        if (paged) {
-            /* An empty slot's key may lie past the window: any lane's page will do. */
-            uint32_t row = pool_row(window, start + down, 1, it->work.head);
-            if ((int32_t)lane < count)
-                load(to, &p.pool_v, row, chunk, it->joined);
-        } else if ((int32_t)lane < count) {
-            uint32_t column = (p.heads + it->work.head) * CHUNKS + chunk;
-            load(to, &p.m_v, start + down + it->to_row, column, it->joined);
+        int32_t start = tile.start + slot * PARTS * V_KEYS, boxes = 0, count[PARTS];
+#pragma unroll
+        for (int32_t part = 0; part < PARTS; part++) {
+            int32_t valid = min(max(tile.end - start - part * V_KEYS, 0), V_KEYS);
+            count[part] = (valid + rows - 1) >> shift;
+            boxes += count[part];
+        }
+        open_slot(boxes * rows * CHUNKS * ROW_BYTES);
+#pragma unroll
+        for (int32_t part = 0; part < PARTS; part++, start += V_KEYS) {
+            int32_t all = whole ? count[part] : count[part] * CHUNKS;
+            int32_t box = max(min((int32_t)lane, all - 1), 0);
+            int32_t down = (whole ? box : box / CHUNKS) * rows, chunk = whole ? 0 : box % CHUNKS;
+            uint32_t column = paged ? 0 : (p.heads + it->work.head) * CHUNKS;
+            /* An empty part's key may lie past the window: any lane's page will do. */
+            uint32_t row = paged ? pool_row(window, start + down, 1, it->work.head)
+                                 : start + down + it->to_row;
+            if ((int32_t)lane < all)
+                load(at.part(ring, part) + (chunk * V_KEYS + down) * ROW_BYTES, part, map, row,
+                     column + chunk, it->joined);
+            __syncwarp();
         }
         ring.advance(1);
     }
@@ -235,7 +248,7 @@ template <int D> struct producer {
 
     __device__ __forceinline__ void run()
     {
-        constexpr int CHUNKS = config<D>::CHUNKS;
+        constexpr int KV_SLOTS = config<D>::KV_SLOTS;
         draft(0);
         for (uint32_t n = 0;; n++) {
             struct item *it = &at.control->item[n & 1];
@@ -249,10 +262,10 @@ template <int D> struct producer {
                 return;
             }
             struct page_window window = {-32, 0};
-            /* The ring has two slots to spare beyond a whole tile: they are free before Q is, when
-             * an item ends. The first tile of all need not wait for m, if it is of pages. (Its V
+            /* The ring has a slot to spare beyond a whole tile: it is free before Q is, when an
+             * item ends. The first tile of all need not wait for m, if it is of pages. (Its V
              * before m is slower: what comes early is taken from UVQK.) */
-            const int q_after = (n == 0 && it->tiles[0] > 0 ? CHUNKS : min(CHUNKS, 2)) - 1;
+            const int q_after = (n == 0 && it->tiles[0] > 0 ? KV_SLOTS : 1) - 1;
 #pragma unroll 1
             for (int32_t t = 0; t < it->steps; t++) {
                 struct tile tile = tile_at(it, t);
@@ -264,14 +277,14 @@ template <int D> struct producer {
                     window.id = it->page[min(page + (int32_t)lane, it->pages - 1)];
                 }
 #pragma unroll 1
-                for (int c = 0; c < CHUNKS; c++) {
-                    load_k(it, tile, window, c);
-                    if (t == 0 && c == q_after)
+                for (int slot = 0; slot < KV_SLOTS; slot++) {
+                    load_k(it, tile, window, slot);
+                    if (t == 0 && slot == q_after)
                         load_q(it, n);
                 }
 #pragma unroll 1
-                for (int c = 0; c < CHUNKS; c++)
-                    load_v(it, tile, window, c);
+                for (int slot = 0; slot < KV_SLOTS; slot++)
+                    load_v(it, tile, window, slot);
                 if (t == 0) /* while the consumers are busy */
                     draft(n + 1);
             }
@@ -367,16 +380,16 @@ template <int D> struct consumer {
     __device__ __forceinline__ void release(const struct cursor<D> &from)
     {
 #pragma unroll
-        for (int c = 0; c < config<D>::CHUNKS; c++)
+        for (int i = 0; i < config<D>::KV_SLOTS; i++)
             if (lane < 2)
-                barrier_arrive_cluster(empty + from.at(c).slot * sizeof(uint64_t));
+                barrier_arrive_cluster(empty + from.at(i).slot * sizeof(uint64_t));
     }
 
     __device__ __forceinline__ void acquire(const struct cursor<D> &from)
     {
 #pragma unroll
-        for (int c = 0; c < config<D>::CHUNKS; c++) {
-            struct cursor<D> r = from.at(c);
+        for (int i = 0; i < config<D>::KV_SLOTS; i++) {
+            struct cursor<D> r = from.at(i);
             barrier_wait(at.full(r.slot), r.parity);
         }
     }
@@ -444,10 +457,11 @@ template <int D> struct consumer {
     __device__ __forceinline__ void zero_v(const struct cursor<D> &v, int32_t from, int32_t to)
     {
         constexpr int32_t UNITS = D / 8; /* of 16 bytes a row */
+#pragma unroll 1
         for (int32_t i = from * UNITS + warp * 32 + lane; i < to * UNITS; i += 128) {
             int32_t key = i / UNITS, unit = i % UNITS;
             uint32_t row = unit / 8 * config<D>::V_KEYS + key % config<D>::V_KEYS;
-            uint32_t address = at.slot(v.at(key / config<D>::V_KEYS).slot) + row * ROW_BYTES;
+            uint32_t address = at.part(v, key / config<D>::V_KEYS) + row * ROW_BYTES;
             asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address + unit % 8 * 16),
                          "r"(0)
                          : "memory");
@@ -485,7 +499,7 @@ template <int D> struct consumer {
                                          int32_t valid, uint32_t half, bool last)
     {
         constexpr int CHUNKS = config<D>::CHUNKS, V_KEYS = config<D>::V_KEYS;
-        struct cursor<D> k = ring, v = ring.at(CHUNKS);
+        struct cursor<D> k = ring, v = ring.at(config<D>::KV_SLOTS);
         float s[N / 2];
         acquire(k);
         turn.wait();
@@ -493,7 +507,7 @@ template <int D> struct consumer {
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
             uint32_t a = at.q + group * config<D>::Q_BYTES + c * 64 * ROW_BYTES;
-            uint32_t b = at.slot(k.at(c).slot) + half * HALF * ROW_BYTES;
+            uint32_t b = at.part(k, c) + half * HALF * ROW_BYTES;
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 wgmma_shared<N>(s, descriptor_k_major(a + i * 32), descriptor_k_major(b + i * 32),
@@ -522,7 +536,7 @@ template <int D> struct consumer {
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
             uint32_t b = begin % V_KEYS * ROW_BYTES + i * 16 % V_KEYS * ROW_BYTES;
-            b += at.slot(v.at(begin / V_KEYS + i * 16 / V_KEYS).slot);
+            b += at.part(v, begin / V_KEYS + i * 16 / V_KEYS);
             wgmma_registers<D>(o, weights + i * 4, descriptor_mn_major<V_KEYS * ROW_BYTES>(b));
         }
         wgmma_commit();
@@ -536,7 +550,7 @@ template <int D> struct consumer {
     /* A tile that no row of ours sees: keep the turns and the ring going. */
     __device__ __forceinline__ void skip(bool last)
     {
-        struct cursor<D> k = ring, v = ring.at(config<D>::CHUNKS);
+        struct cursor<D> k = ring, v = ring.at(config<D>::KV_SLOTS);
         acquire(k);
         turn.wait();
         turn.pass();
@@ -579,7 +593,7 @@ template <int D> struct consumer {
                     step<KEYS, true>(o, it, tile, view.valid, 0, last);
                 else
                     step<KEYS, false>(o, it, tile, view.valid, 0, last);
-                ring.advance(2 * config<D>::CHUNKS);
+                ring.advance(2 * config<D>::KV_SLOTS);
             }
             store(o, it);
             __syncwarp();
@@ -601,9 +615,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
     at.q = shared_address(base);
     at.slots = at.q + WARPGROUPS * config<D>::Q_BYTES;
     at.control = (struct control<D> *)(base + WARPGROUPS * config<D>::Q_BYTES +
-                                       config<D>::SLOTS * SLOT_BYTES);
+                                       config<D>::SLOTS * config<D>::SLOT_BYTES);
     if (threadIdx.x == 0) {
         struct control<D> *c = at.control;
+#pragma unroll 1
         for (int i = 0; i < config<D>::SLOTS; i++) {
             barrier_init(shared_address(&c->full[i]), 1);
             barrier_init(shared_address(&c->empty[i]), 2 * 4 * WARPGROUPS);

@@ -23,7 +23,7 @@ namespace sm90
 constexpr int KEYS = 128; /* of a tile */
 constexpr int HALF = 64, HALF_SHIFT = 6;
 constexpr uint32_t ROW_BYTES = 128; /* 64 bf16: a row of a swizzled tile */
-constexpr uint32_t SLOT_BYTES = KEYS * ROW_BYTES;
+constexpr uint32_t PART_BYTES = KEYS * ROW_BYTES;
 constexpr uint32_t SHARED_MAX = 232448; /* 227 KiB, what a block may have */
 constexpr int WARPGROUPS = 2;           /* consumers of a block, 64 query rows each */
 constexpr int ROWS = 64 * WARPGROUPS;   /* of an item */
@@ -34,9 +34,13 @@ constexpr uint32_t PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
 /* What follows from the head dim. */
 template <int D> struct config {
-    static constexpr int CHUNKS = D / 64;           /* slots of K, and of V, a tile */
-    static constexpr int V_KEYS = KEYS / CHUNKS;    /* keys of a V slot */
-    static constexpr int SLOTS = D == 64 ? 12 : 10; /* even: the blocks of a pair load in turn */
+    static constexpr int CHUNKS = D / 64;          /* parts of K, and of V, a tile */
+    static constexpr int V_KEYS = KEYS / CHUNKS;   /* keys of a part of V */
+    static constexpr int PARTS = D == 64 ? 1 : 2;  /* of a slot */
+    static constexpr int KV_SLOTS = CHUNKS / PARTS; /* of K, and of V, a tile */
+    static constexpr uint32_t SLOT_BYTES = PARTS * PART_BYTES;
+    /* Of one part each: even, as the blocks of a pair load them in turn. */
+    static constexpr int SLOTS = D == 64 ? 12 : 5;
     static constexpr uint32_t Q_BYTES = 64 * D * 2; /* of one warpgroup */
 };
 
@@ -62,7 +66,7 @@ struct item {
 };
 
 /* Boxes of the pool may not cross a page, nor half a tile; a V box holds all chunks at once when it
- * fills its slot. */
+ * fills its part. */
 struct boxes {
     uint32_t k_shift, v_shift; /* log2 of rows */
     bool v_whole;

@@ -41,8 +41,8 @@ template <int Groups, int Columns, int Stages, int Cluster> struct shape {
     static constexpr int THREADS = 128 * (1 + GROUPS);
     /* Registers of a thread: the warpgroup of the producer gives some of its share to the others.
      */
-    static constexpr int FEW = GROUPS == 4 ? 64 : 56;
-    static constexpr int MANY = GROUPS == 2 ? 224 : GROUPS == 3 ? 152 : 104;
+    static constexpr int FEW = GROUPS == 4 ? 64 : GROUPS == 3 ? 56 : 40;
+    static constexpr int MANY = GROUPS == 2 ? 232 : GROUPS == 3 ? 152 : 104;
     static_assert(SHARED <= 227 * 1024, "one block a multiprocessor");
 };
 
@@ -106,6 +106,7 @@ template <typename S> struct stage_ring {
     /* One thread of the block, before anything else. */
     __device__ __forceinline__ void open() const
     {
+#pragma unroll 1
         for (uint32_t i = 0; i < S::STAGES; i++) {
             sm90::barrier_init(full(i), 1);
             sm90::barrier_init(empty(i), S::GROUPS * S::CLUSTER);
@@ -158,9 +159,11 @@ __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *
     bool first = true;
     while (tiles.take(&row0, &column0)) {
         const uint32_t ahead = first ? min(steps, (uint32_t)(S::STAGES - Lead)) : 0;
+#pragma unroll 1
         for (int i = 0; i < Lead; i++, ring.advance())
             start(ring, row0, column0, i);
         auto next = ring;
+#pragma unroll 1
         for (uint32_t step = 0; step < ahead; step++, next.advance()) {
             next.announce(S::STAGE_BYTES);
             next.load_b(&p.b, step, column0, tiles.rank(), p.b_policy);
@@ -170,6 +173,7 @@ __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *
             sm90::dependency_trigger(); /* all that the next one relies on has ended */
         }
         first = false;
+#pragma unroll 1
         for (uint32_t step = 0; step < steps; step++, ring.advance()) {
             if (step >= ahead) {
                 ring.announce(S::STAGE_BYTES);

@@ -45,7 +45,8 @@ template <typename F> auto with_shape(enum hstu_tiles tiles, F f)
 /* Where this layer's K and V lie in the pool: per page K of every head, then V, `bytes` a page. */
 struct page_layout {
     char *layer; /* in page 0 */
-    uint64_t bytes, head_bytes;
+    uint64_t head_bytes;
+    uint32_t units; /* of a page: 128 bytes, the least that a row of a head takes */
     uint32_t heads, shift, dim_shift; /* log2 of a page's tokens, of the head dim */
 };
 
@@ -179,7 +180,7 @@ template <int Batch> __device__ __forceinline__ float2 norm_of(const parameters 
 /* The note warps. */
 template <typename S> __device__ void note(const parameters &p, tile_notes<S> notes)
 {
-    constexpr int BATCH = S::SHADOW ? 8 : 16;
+    constexpr int BATCH = 8;
     schedule<S> tiles(p.rows, p.n);
     const uint32_t thread = threadIdx.x - 32;
     uint32_t row0, column0;
@@ -195,24 +196,17 @@ template <typename S> __device__ void note(const parameters &p, tile_notes<S> no
     }
 }
 
+constexpr int UNIT_SHIFT = 7;
+
 /* Where K or V of this column of m goes in page 0, slot 0; NULL for u and q. */
 __device__ __forceinline__ char *page_column(const parameters &p, uint32_t column)
 {
-    const uint32_t hd = p.n / 4, part = column / hd;
+    const uint32_t hd = p.n / 4, part = (column >= hd) + (column >= 2 * hd) + (column >= 3 * hd);
     const uint32_t head = (part == 1) * p.pages.heads + ((column - part * hd) >> p.pages.dim_shift);
     if (part == 0 || part == 2)
         return nullptr;
     return p.pages.layer + head * p.pages.head_bytes +
            (column & ((1 << p.pages.dim_shift) - 1)) * 2;
-}
-
-/* Of the row with this slot, or none. */
-__device__ __forceinline__ void store_page(const parameters &p, char *column, uint32_t slot,
-                                           uint4 bits)
-{
-    const uint64_t page = slot >> p.pages.shift, at = slot & ((1u << p.pages.shift) - 1);
-    *reinterpret_cast<uint4 *>(column + page * p.pages.bytes + (at << p.pages.dim_shift) * 2) =
-        bits;
 }
 
 __device__ __forceinline__ uint32_t activate(uint32_t pair)
@@ -224,14 +218,18 @@ __device__ __forceinline__ uint32_t activate(uint32_t pair)
 /* A tile whose sums go to memory. */
 struct place {
     uint32_t row0, column0;
-    uint32_t slot[4]; /* of the rows that this lane stores */
+    uint32_t unit[4]; /* of the pool, where the rows that this lane stores go; UINT32_MAX: nowhere */
 
-    __device__ __forceinline__ void ask_slots(const parameters &p, uint32_t warp)
+    __device__ __forceinline__ void ask_units(const parameters &p, uint32_t warp)
     {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t row = stored_row(row0, warp, i);
-            slot[i] = row < p.rows ? __ldg(p.slot + row) : UINT32_MAX;
+            const uint32_t slot = row < p.rows ? __ldg(p.slot + row) : UINT32_MAX;
+            const uint32_t page = slot >> p.pages.shift, at = slot - (page << p.pages.shift);
+            unit[i] = slot == UINT32_MAX ? slot
+                                         : page * p.pages.units +
+                                               ((at << p.pages.dim_shift) * 2 >> UNIT_SHIFT);
         }
     }
 };
@@ -255,8 +253,9 @@ __device__ __forceinline__ void finish(const parameters &p, const place &at, con
         return;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        if (at.slot[i] != UINT32_MAX)
-            store_page(p, page, at.slot[i], staged(staging, i));
+        if (at.unit[i] != UINT32_MAX)
+            *reinterpret_cast<uint4 *>(page + ((uint64_t)at.unit[i] << UNIT_SHIFT)) =
+                staged(staging, i);
 }
 
 /* One consumer warpgroup. Of its tile a thread has, as wgmma lays sums out, rows lane / 4 and that
@@ -266,7 +265,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                         uint32_t group)
 {
     schedule<S> tiles(p.rows, p.n);
-    const uint32_t steps = p.k / S::DEPTH, thread = threadIdx.x % 128, lane = thread % 32;
+    const uint32_t thread = threadIdx.x % 128, lane = thread % 32;
     const uint32_t warp = group * 4 + thread / 32;
     const uint32_t staging = ring.shared + S::STAGING + warp * STAGING_BYTES;
     uint32_t row0, column0;
@@ -274,7 +273,10 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4] = {}; /* [i][row]; normed, with bias, rounded */
     place last = {p.rows, 0, {UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}}; /* of no row yet */
     sm90::dependency_wait();
-    while (tiles.take(&row0, &column0)) {
+    for (;;) { /* in the end once without products: for the last tile's shadow */
+        const uint32_t steps = tiles.take(&row0, &column0) ? p.k / S::DEPTH : 0;
+        if (!S::SHADOW && steps == 0)
+            break;
         uint32_t step = 0;
 #pragma unroll
         for (int piece = 0; piece < (S::SHADOW ? S::PIECES : 1); piece++) {
@@ -300,23 +302,27 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
             if (S::SHADOW)
                 finish(p, last, sums + piece * 4, piece, staging, warp);
         }
+        wgmma_wait_but<0>();
+        sm90::pin<S::COLUMNS / 2>(d);
+        if (steps == 0)
+            break;
         notes.wait_full();
         float2 norm[2];
         for (int i = 0; i < 2; i++)
             norm[i] = load_two(notes.norm(warp * 16 + lane / 4 + i * 8));
-        wgmma_wait_but<0>();
-        sm90::pin<S::COLUMNS / 2>(d);
         ring.release(ring.before());
         last.row0 = row0;
         last.column0 = column0;
         if (!S::SHADOW)
-            last.ask_slots(p, warp);
+            last.ask_units(p, warp);
 #pragma unroll
         for (int piece = 0; piece < S::PIECES; piece++) {
             uint32_t *word = S::SHADOW ? sums + piece * 4 : sums;
+            float4 fold;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float4 fold = load_four(notes.fold((piece * 2 + i / 2) * 8 + lane % 4 * 2));
+                if (i % 2 == 0) /* two rows of the same columns */
+                    fold = load_four(notes.fold((piece * 2 + i / 2) * 8 + lane % 4 * 2));
                 const float *from = d + piece * 8 + i * 2;
                 word[i] =
                     mma::pack(fmaf(from[0], norm[i % 2].x, fmaf(norm[i % 2].y, fold.x, fold.y)),
@@ -327,12 +333,8 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
         }
         notes.release();
         if (S::SHADOW)
-            last.ask_slots(p, warp);
+            last.ask_units(p, warp);
     }
-    if (S::SHADOW)
-#pragma unroll
-        for (int piece = 0; piece < S::PIECES; piece++)
-            finish(p, last, sums + piece * 4, piece, staging, warp);
 }
 
 template <typename S>
@@ -373,7 +375,8 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.slot = args->slot;
     const skv_geometry &g = args->geometry;
     p.pages.head_bytes = (uint64_t)g.page_tokens * g.head_dim * 2;
-    p.pages.bytes = p.pages.head_bytes * g.heads * 2 * g.layers;
+    const uint64_t units = p.pages.head_bytes * g.heads * 2 * g.layers >> UNIT_SHIFT;
+    p.pages.units = (uint32_t)units;
     p.pages.layer = (char *)args->pool + args->layer * 2 * g.heads * p.pages.head_bytes;
     p.pages.heads = g.heads;
     p.pages.shift = __builtin_ctz(g.page_tokens);
