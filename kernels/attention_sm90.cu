@@ -128,10 +128,16 @@ template <int D> struct producer {
         waited = true;
     }
 
+    /* Until both blocks' consumers have done with what the next slot had. */
+    __device__ __forceinline__ void wait_slot()
+    {
+        barrier_wait(at.empty(ring.slot), ring.parity ^ 1);
+    }
+
     /* Waits for the next slot and announces its bytes. */
     __device__ __forceinline__ void open_slot(uint32_t bytes)
     {
-        barrier_wait(at.empty(ring.slot), ring.parity ^ 1);
+        wait_slot();
         if (lane == 0)
             barrier_arrive_expect(at.full(ring.slot), bytes);
         __syncwarp();
@@ -259,6 +265,8 @@ template <int D> struct producer {
             __syncwarp();
             if (it->steps == 0) {
                 wait_for_m(); /* the grid ends after the one before it, whatever there was to do */
+                for (int i = 0; i < config<D>::SLOTS; i++, ring.advance(1))
+                    wait_slot(); /* the other block arrives here no more */
                 return;
             }
             struct page_window window = {-32, 0};
@@ -637,7 +645,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         map_prefetch(&p.m_k);
         map_prefetch(&p.m_v);
     }
-    cluster_sync(); /* the other block's barriers are ready too */
+    cluster_start();
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp < 4) {
         registers_shrink<PRODUCER_REGISTERS>();
@@ -650,8 +658,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         struct consumer<D> consumer(p, at, warp / 4 - 1, warp % 4, lane);
         consumer.run();
     }
-    __syncwarp();
-    cluster_sync(); /* the other block may still arrive here */
 }
 
 /* ---- host ---- */

@@ -66,11 +66,13 @@ __device__ __forceinline__ uint32_t cluster_rank()
     return rank;
 }
 
-/* Every thread of both blocks; orders their shared memory. */
-__device__ __forceinline__ void cluster_sync()
+/* Every thread of both blocks: from here on both have started, and see each other's barriers, whose
+ * inits barrier_init_fence() has released. (An arrival that releases too would wait for all that is
+ * in memory's way: about a microsecond.) */
+__device__ __forceinline__ void cluster_start()
 {
     asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+        "barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
             : "memory");
 }
 

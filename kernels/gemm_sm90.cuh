@@ -182,6 +182,10 @@ __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *
             sm90::load_box(ring.at(), a, row0, step, ring.full(ring.stage), sm90::L2_USUAL);
         }
     }
+    if (S::CLUSTER > 1) /* nobody arrives at the barriers of a block that has gone */
+#pragma unroll 1
+        for (int i = 0; i < S::STAGES; i++, ring.advance())
+            sm90::barrier_wait(ring.empty(ring.stage), ring.phase);
 }
 
 /* Sets the block up and runs its two kinds of threads: the producer's warpgroup and the consumers.
@@ -194,7 +198,7 @@ __device__ __forceinline__ void run_block(uint32_t shared, Produce produce, Cons
         ring.open();
     __syncthreads();
     if (S::CLUSTER > 1)
-        sm90::cluster_sync(); /* the other block's barriers are there */
+        sm90::cluster_start();
     const uint32_t group = threadIdx.x / 128;
     if (group == 0) {
         if (S::GROUPS > 1)
@@ -206,10 +210,6 @@ __device__ __forceinline__ void run_block(uint32_t shared, Produce produce, Cons
             sm90::registers_grow<S::MANY>();
         consume(ring, group - 1);
         stores_read(); /* shared memory stays until then */
-    }
-    if (S::CLUSTER > 1) {
-        __syncwarp();
-        sm90::cluster_sync(); /* nobody arrives at the barriers of a block that has gone */
     }
 }
 
