@@ -5,7 +5,7 @@
 #ifndef BENCH_ATTENTION_PROBLEM_CUH
 #define BENCH_ATTENTION_PROBLEM_CUH
 
-#include "cuda_pass.h"
+#include "cuda_kernels.h"
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -202,11 +202,18 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     a->batch.pages = (uint32_t *)device_copy(shuffled, p->pool_pages * sizeof(uint32_t));
     a->batch.slices = (uint8_t *)device_copy(slices, p->rows);
     a->batch.work = (struct hstu_work *)device_copy(work, capacity * sizeof *work);
-    a->batch.work_room = capacity;
     a->batch.work_count = (uint32_t *)device_copy(&p->items, sizeof p->items);
     a->batch.next = (uint32_t *)device_alloc(SKV_MAX_LAYERS * sizeof(uint32_t));
     a->partial = (float *)device_alloc((uint64_t)p->max_slices * p->rows * g->heads * g->head_dim *
                                        sizeof(float));
+    if (p->path->unit_items == 2) {
+        struct hstu_prepare_args prepare = {};
+        void *units = device_alloc(((uint64_t)capacity + a->sm_count) * HSTU_UNIT_BYTES);
+        prepare.units = hstu_units_of(a, units);
+        a->units = units;
+        if (hstu_launch_prepare(&prepare, 0))
+            exit(1);
+    }
     free(work);
     free(slices);
 }
@@ -217,6 +224,7 @@ static void clear(struct problem *p)
     const void *all[] = {a->m,
                          a->pool,
                          a->partial,
+                         a->units,
                          a->batch.row_start,
                          a->batch.page_start,
                          a->batch.history,

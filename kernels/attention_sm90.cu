@@ -6,7 +6,7 @@
  * (attention_sm90_item.cuh). A block is a producer warp and two consumer warpgroups of 64 query
  * rows each:
  *
- *   producer   decodes items into shared memory, and keeps a ring of slots full: 128 keys of K as
+ *   producer   brings items to shared memory, and keeps a ring of slots full: 128 keys of K as
  *              D/64 parts [128 keys][64 dims], then of V as D/64 parts [D/64 chunks]
  *              [128 * 64/D keys][64 dims], then the next 128 keys; two parts a slot, or D/64
  *   consumer   s = q k^T (both from shared memory), p = SiLU(s / sqrt(D)) to bf16 in registers,
@@ -45,7 +45,6 @@ template <int D> struct control {
     uint64_t item_full[2]; /* producer -> consumers */
     uint64_t item_empty[2];
     struct item item[2];
-    struct item draft[2]; /* the producer's: the next unit's two items */
 };
 
 template <int D> constexpr uint32_t shared_bytes()
@@ -105,6 +104,16 @@ struct page_window {
     int32_t base; /* the page in lane 0 */
     uint32_t id;
 };
+
+/* This block's part of a unit, 16 bytes a lane; behind the last unit zeros: no steps. */
+__device__ __forceinline__ uint4 ask(const struct parameters &p, uint32_t unit)
+{
+    const uint4 *part = p.units + ((uint64_t)unit * 2 + cluster_rank()) * ITEM_CHUNKS;
+    uint4 chunk = {};
+    if (unit != HSTU_WORK_LAST)
+        chunk = __ldg(part + min(threadIdx.x % 32, ITEM_CHUNKS - 1));
+    return chunk;
+}
 
 template <int D> struct producer {
     const struct parameters &p;
@@ -241,25 +250,15 @@ template <int D> struct producer {
         __syncwarp();
     }
 
-    /* Reads the two items of the n-th unit of this pair of blocks: the first has the pair's own
-     * number, each names the one after it. The last one's successor lies past every list. */
-    __device__ __forceinline__ void draft(uint32_t n)
-    {
-        uint32_t unit = n == 0 ? blockIdx.x / 2 : at.control->draft[0].work.next;
-        __syncwarp();
-        if (lane < 2)
-            read_item(&at.control->draft[lane], p, unit * 2 + lane);
-        __syncwarp();
-    }
-
-    __device__ __forceinline__ void run()
+    __device__ __forceinline__ void run(uint4 next)
     {
         constexpr int KV_SLOTS = config<D>::KV_SLOTS;
-        draft(0);
         for (uint32_t n = 0;; n++) {
             struct item *it = &at.control->item[n & 1];
             barrier_wait(shared_address(&at.control->item_empty[n & 1]), (n >> 1 & 1) ^ 1);
-            make_part(it, at.control->draft, lane, cluster_rank(), p);
+            if (lane < ITEM_CHUNKS)
+                reinterpret_cast<uint4 *>(it)[lane] = next;
+            __syncwarp();
             if (lane == 0) /* releases the item to the consumers; syncwarp does to our own lanes */
                 barrier_arrive(shared_address(&at.control->item_full[n & 1]));
             __syncwarp();
@@ -294,7 +293,7 @@ template <int D> struct producer {
                 for (int slot = 0; slot < KV_SLOTS; slot++)
                     load_v(it, tile, window, slot);
                 if (t == 0) /* while the consumers are busy */
-                    draft(n + 1);
+                    next = ask(p, it->work.next);
             }
         }
     }
@@ -624,6 +623,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
     at.slots = at.q + WARPGROUPS * config<D>::Q_BYTES;
     at.control = (struct control<D> *)(base + WARPGROUPS * config<D>::Q_BYTES +
                                        config<D>::SLOTS * config<D>::SLOT_BYTES);
+    /* Every pair of blocks begins with the unit of its number. */
+    const uint4 first = threadIdx.x < 32 ? ask(p, blockIdx.x / 2) : uint4{};
     if (threadIdx.x == 0) {
         struct control<D> *c = at.control;
 #pragma unroll 1
@@ -651,7 +652,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         registers_shrink<PRODUCER_REGISTERS>();
         if (warp == 0) {
             struct producer<D> producer(p, at, lane);
-            producer.run();
+            producer.run(first);
         }
     } else {
         registers_grow<CONSUMER_REGISTERS>();
@@ -699,12 +700,9 @@ template <int D> int launch(const struct hstu_attention_args *args, cudaStream_t
     int status = encode_maps<D>(args, &p);
     if (status)
         return status;
-    p.batch = args->batch;
+    p.units = (const uint4 *)args->units;
     p.partial = args->partial;
-    p.rounded = args->rounded;
     p.policy = args->spares_l2 ? L2_FIRST_OUT : L2_USUAL;
-    p.rows = args->rows;
-    p.group = args->group;
     p.heads = args->geometry.heads;
     p.layer = args->layer;
     p.layers = args->geometry.layers;

@@ -48,7 +48,7 @@ struct span {
     int32_t start, end; /* absolute key positions; the first tile starts at start */
 };
 
-/* A block's part of a unit, in shared memory. */
+/* A block's part of a unit. */
 struct item {
     alignas(16) struct hstu_work work; /* of a joined unit: rows of both, the keys of the longer */
     int32_t group;                     /* g */
@@ -64,6 +64,8 @@ struct item {
     const uint32_t *page;           /* the sequence's page ids */
     int32_t pages;                  /* how many */
 };
+constexpr uint32_t ITEM_CHUNKS = sizeof(struct item) / 16;
+static_assert(2 * sizeof(struct item) == HSTU_UNIT_BYTES);
 
 /* Boxes of the pool may not cross a page, nor half a tile; a V box holds all chunks at once when it
  * fills its part. */
@@ -74,11 +76,10 @@ struct boxes {
 
 struct parameters {
     CUtensorMap m_q, m_k, m_v, pool_k, pool_v;
-    struct hstu_device_batch batch;
+    const uint4 *units; /* [unit][block][ITEM_CHUNKS] */
     float *partial;
-    bool rounded;    /* the output of tiles of one slice, to bf16 */
     uint64_t policy; /* of every load */
-    uint32_t rows, group, heads, layer, layers;
+    uint32_t heads, layer, layers;
     uint32_t page_shift; /* log2 S */
     struct boxes pool;
 };
@@ -100,14 +101,16 @@ __device__ __forceinline__ int32_t candidates_from(const struct item *it, int32_
     return history + max(position - history, 0) / it->group * it->group;
 }
 
+/* ---- units, from the work list: hstu_launch_prepare() ---- */
+
 /* Cuts the keys of it->work into spans of tiles. */
-__device__ __forceinline__ void cut(struct item *it, const struct parameters &p)
+__device__ __forceinline__ void cut(struct item *it, const struct hstu_units_args &a)
 {
     int32_t first = first_position(it), after = first + it->work.rows, history = it->work.history;
     int32_t key0 = it->work.key0, key1 = it->work.key1, cached = it->work.cached;
     int32_t seen = min(min(history, after), key1); /* end of the history that its rows see */
-    int32_t shift = p.pool.k_shift;
-    struct span prefix = {key0 >> shift << shift, min(cached, seen)};
+    int32_t box = min(a.page_tokens, HALF); /* rows of the pool's boxes of K */
+    struct span prefix = {key0 / box * box, min(cached, seen)};
     struct span flight = {max(key0, cached), seen};
     struct span own = {0, 0};
     if (after > history) { /* from the first candidate's group on */
@@ -127,35 +130,24 @@ __device__ __forceinline__ void cut(struct item *it, const struct parameters &p)
 }
 
 /* Reads item `index` of the work list, or makes an empty one past its end; an item of no rows
- * is a hole that evens out the pairs. Item and count are asked for at once. */
-__device__ __forceinline__ void read_item(struct item *it, const struct parameters &p,
+ * is a hole that evens out the pairs. */
+__device__ __forceinline__ void read_item(struct item *it, const struct hstu_units_args &a,
                                           uint32_t index)
 {
-    constexpr int PARTS = sizeof(struct hstu_work) / sizeof(uint4);
-    const uint4 *from = reinterpret_cast<const uint4 *>(p.batch.work + index);
-    uint4 part[PARTS] = {};
-    uint32_t count = *p.batch.work_count;
-    if (index < p.batch.work_room) {
-#pragma unroll
-        for (int i = 0; i < PARTS; i++)
-            part[i] = from[i];
-    }
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-        reinterpret_cast<uint4 *>(&it->work)[i] = part[i];
-    if (index >= count || it->work.rows == 0) {
-        it->work.rows = it->work.row0 = 0;
-        it->tiles[0] = it->tiles[1] = it->tiles[2] = 0;
-        it->work.history = it->work.cached = it->group = 1;
+    *it = {};
+    it->group = a.group;
+    it->work.next = HSTU_WORK_LAST;
+    if (index >= *a.batch.work_count)
         return;
-    }
+    it->work = a.batch.work[index];
+    if (it->work.rows == 0)
+        return;
     int32_t cached = it->work.cached;
-    it->group = p.group;
     it->row = it->work.row_start + it->work.row0;
     it->to_row = (int32_t)it->work.row_start - cached;
-    it->page = p.batch.pages + it->work.page_start;
-    it->pages = (cached + (1 << p.page_shift) - 1) >> p.page_shift;
-    cut(it, p);
+    it->page = a.batch.pages + it->work.page_start;
+    it->pages = (cached + a.page_tokens - 1) / a.page_tokens;
+    cut(it, a);
 }
 
 /* May the two share their tiles? Neighbouring rows of one head over the same keys; the first may
@@ -173,30 +165,21 @@ __device__ __forceinline__ bool joins(const struct item *a, const struct item *b
            more * 8 <= b->tiles[1];
 }
 
-__device__ __forceinline__ uint32_t out_of(const struct item *it, int32_t row,
-                                           const struct parameters &p)
+/* Block `rank`'s part of the unit of two items. */
+__device__ __forceinline__ void make_part(struct item *it, const struct item *a,
+                                          const struct item *b, uint32_t rank,
+                                          const struct hstu_units_args &args)
 {
-    return it->work.slice * p.rows + it->row + row;
-}
-
-/* Makes this block's part of the unit of the two drafts. A whole warp. */
-__device__ __forceinline__ void make_part(struct item *it, const struct item *draft, uint32_t lane,
-                                          uint32_t rank, const struct parameters &p)
-{
-    const struct item *a = &draft[0], *b = &draft[1];
     bool joined = joins(a, b);
-    const struct item *mine = joined ? a : &draft[rank];
-    for (uint32_t i = lane; i < sizeof *it / 4; i += 32)
-        ((uint32_t *)it)[i] = ((const uint32_t *)mine)[i];
-    __syncwarp();
-    if (lane != 0)
-        return;
+    const struct item *mine = joined || rank == 0 ? a : b;
+    *it = *mine;
+    it->work.next = a->work.next; /* the unit's, not the item's */
     it->joined = joined;
     it->steps = max(a->tiles[2], b->tiles[2]);
     if (joined) {
         it->work.rows = ROWS + b->work.rows;
         it->work.key1 = b->work.key1;
-        cut(it, p);
+        cut(it, args);
         it->steps = it->tiles[2];
     }
     /* Of four warpgroups' rows, one block has the outer two, the other the inner two. */
@@ -204,8 +187,8 @@ __device__ __forceinline__ void make_part(struct item *it, const struct item *dr
         int32_t row = joined ? 64 * (rank == 0 ? 3 * g : 1 + g) : 64 * g;
         it->group_row[g] = row;
         const struct item *of = row >= ROWS ? b : mine;
-        it->group_out[g] = out_of(of, row % ROWS, p);
-        it->group_rounded[g] = p.rounded && of->work.slices == 1;
+        it->group_out[g] = of->work.slice * args.rows + of->row + row % ROWS;
+        it->group_rounded[g] = args.rounded && of->work.slices == 1;
     }
 }
 

@@ -2,11 +2,12 @@
  * first needed (a few milliseconds), launched with one call ever after. Batch and lengths are data
  * behind fixed addresses; only the number of rows is in the graph.
  *
- *   pull -> L x { [gate l] -> norm -> UVQK -> activate -> attention -> gate -> projection } -> head
+ *   pull -> prepare -> L x { [gate l] -> norm -> UVQK -> activate -> attention -> gate ->
+ * projection } -> head
  *
  * or, fused (uvqk_sm90.cu, project_sm90.cu),
  *
- *   pull -> moments -> L x { [gate l] -> UVQK -> attention -> gate -> projection } -> head
+ *   pull -> prepare -> L x { [gate l] -> UVQK -> attention -> gate -> projection } -> head
  *
  * The waits form a branch of their own, which runs ahead while the layers compute. On Hopper a
  * kernel of one wave may start while the one before it ends (programmatic dependent launch): it
@@ -99,7 +100,6 @@ static struct hstu_device_batch device_batch(const struct hstu_cuda *c)
         .slot = a->slot,
         .slices = a->slices,
         .work = a->work,
-        .work_room = c->work_capacity,
         .work_count = &a->counts->layout.work,
         .target_start = a->counts->target_start,
         .next = a->counts->next,
@@ -124,6 +124,7 @@ static struct hstu_attention_args attention_args(const struct hstu_cuda *c, uint
         .pool = c->pool,
         .pool_pages = c->pool_pages,
         .batch = device_batch(c),
+        .units = c->arena.units,
         .partial = c->arena.partial,
         .max_slices = hstu_plan_slices(rows),
         .rounded = is_rounded(c, rows),
@@ -157,6 +158,20 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
         .page_tokens = c->model.geometry.page_tokens,
     };
     return hstu_launch_pull(&pull, c->stream);
+}
+
+/* What the layers rely on beside what pull brings. */
+static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    const struct hstu_attention_args attention = attention_args(c, 0, rows);
+    struct hstu_prepare_args prepare = {.row_sequence = a->row_sequence,
+                                        .x = a->x,
+                                        .out = a->x_moments,
+                                        .rows = c->fused ? rows : 0,
+                                        .columns = c->model.embed,
+                                        .units = hstu_units_of(&attention, a->units)};
+    return c->fused || a->units ? hstu_launch_prepare(&prepare, c->stream) : SKV_OK;
 }
 
 /* The wait for gate l, before the kernels of layer l touch pages. A kernel behind such a wait does
@@ -210,11 +225,6 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
                                         .sm_count = (uint32_t)c->sm_count,
                                         .early = true,
                                         .spares_l2 = spares_l2};
-    struct hstu_moments_args moments = {.row_sequence = a->row_sequence,
-                                        .x = a->x,
-                                        .out = a->x_moments,
-                                        .rows = rows,
-                                        .columns = m->embed};
     struct hstu_uvqk_args uvqk = {.x = a->x,
                                   .b = w->uvqk,
                                   .moments = a->x_moments,
@@ -236,8 +246,6 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
      * y. In a large one that would only be a wait too soon. */
     const bool ahead = rows <= EARLY_ROWS, last = layer + 1 == m->geometry.layers;
     int status = ahead && layer > 0 ? SKV_OK : enqueue_gate(c, layer, gated);
-    if (status == SKV_OK && layer == 0)
-        status = hstu_launch_moments(&moments, c->stream);
     if (status != SKV_OK || (status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
         (status = c->path->launch(&attention, c->stream)) != SKV_OK ||
         (ahead && !last && (status = enqueue_gate(c, layer + 1, gated)) != SKV_OK) ||
@@ -317,6 +325,8 @@ static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
             "resetting the counters");
     else if (status == SKV_OK)
         status = enqueue_pull(c, rows);
+    if (status == SKV_OK)
+        status = enqueue_prepare(c, rows);
     for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++)
         status = c->fused ? enqueue_fused_layer(c, rows, l, gated)
                           : enqueue_layer(c, rows, l, gated, uvqk, projection);

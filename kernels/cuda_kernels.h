@@ -61,14 +61,16 @@ struct hstu_moments {
     float mean, square;
 };
 
-/* The moments of each row's values, for a norm that comes with the product after it. */
-struct hstu_moments_args {
+/* What a pass works out before its first layer: the moments of each row's values, for a norm that
+ * comes with the product after it, and attention's units. */
+struct hstu_prepare_args {
     const uint32_t *row_sequence;
     const void *x;            /* [rows][columns], columns <= 2048 */
     struct hstu_moments *out; /* [rows] */
-    uint32_t rows, columns;
+    uint32_t rows, columns;   /* rows 0: none */
+    struct hstu_units_args units;
 };
-int hstu_launch_moments(const struct hstu_moments_args *args, void *stream);
+int hstu_launch_prepare(const struct hstu_prepare_args *args, void *stream);
 
 /* m = SiLU(m) in place, and K and V of rows that have a slot to their page. m [rows][4HD]. */
 struct hstu_activate_args {

@@ -62,12 +62,23 @@ struct hstu_device_batch {
         *slot; /* [rows] page * S + slot where K and V of the row go, UINT32_MAX: nowhere */
     const uint8_t *slices; /* [rows] slices of the row to sum, at least 1; 0 for padding */
     const struct hstu_work *work;
-    uint32_t work_room;           /* items that may be read, whatever the count */
     const uint32_t *work_count;   /* one word */
     const uint32_t *target_start; /* [batch + 1] first logit row of a sequence */
     uint32_t *next; /* [layers] 0 when a pass starts: launch l may draw its items from next[l] by
                        atomicAdd. Not NULL for the portable path. */
 };
+
+/* The units of a work list, decoded once a pass instead of by every layer's blocks, for a path
+ * whose units have two items: per unit and block what it does (struct item in
+ * attention_sm90_item.cuh). hstu_launch_prepare() makes them. */
+struct hstu_units_args {
+    struct hstu_device_batch batch;
+    uint32_t page_tokens, rows, group;
+    uint32_t workers; /* pairs of blocks: each finds a unit, an empty one where the list is short */
+    bool rounded;     /* as in struct hstu_attention_args */
+    void *units;      /* out, [units or workers][HSTU_UNIT_BYTES]; NULL: none are needed */
+};
+#define HSTU_UNIT_BYTES 288
 
 /* Everything an attention launch needs. Activations m [rows][4*H*D] bf16, post-SiLU, in flat order
  * u|v|q|k. */
@@ -81,6 +92,7 @@ struct hstu_attention_args {
     const void *pool; /* page 0; may be NULL when no sequence has cached tokens */
     uint64_t pool_pages;
     struct hstu_device_batch batch;
+    const void *units;   /* of batch.work, where units have two items */
     float *partial;      /* out, [slices][rows][H*D] fp32, or bf16 in half of it, before the
                             division by N */
     uint32_t max_slices; /* planes of partial */
@@ -108,6 +120,19 @@ struct hstu_attention_path {
      * logged. */
     int (*launch)(const struct hstu_attention_args *args, void *stream);
 };
+
+/* What launch() finds at args->units, made of the rest of args. */
+static inline struct hstu_units_args hstu_units_of(const struct hstu_attention_args *args,
+                                                   void *units)
+{
+    return (struct hstu_units_args){args->batch,
+                                    args->geometry.page_tokens,
+                                    args->rows,
+                                    args->group,
+                                    args->sm_count / 2 ? args->sm_count / 2 : 1,
+                                    args->rounded,
+                                    units};
+}
 
 /* args.rounded for a graph of so many planes. */
 static inline bool hstu_sums_rounded(const struct hstu_attention_path *path, uint32_t max_slices)

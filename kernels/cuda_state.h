@@ -40,6 +40,7 @@ struct hstu_cuda_arena {
     uint8_t *slices;               /* [rows] */
     uint32_t *page;                /* [page_capacity] */
     struct hstu_work *work;        /* [work_capacity] */
+    void *units;                   /* of the work list, decoded; NULL where nobody reads them */
     /* activations: from here to the end poison may fill */
     char *activations;
     void *x;                        /* [rows][E] */

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "attention_sm90_item.cuh"
 #include "mma.cuh"
 
 namespace
@@ -97,13 +98,32 @@ __global__ void __launch_bounds__(NORM_WARPS * 32)
     }
 }
 
-/* The norm's statistics alone, one warp a row. */
+/* ---- prepare: the norm's statistics alone, one warp a row; in a few blocks more a unit's part a
+ * thread of the first warp ---- */
+
+constexpr uint32_t UNIT_BLOCKS = 16;
+
+__device__ void make_units(const hstu_units_args &a, uint32_t block)
+{
+    __shared__ sm90::item item[2][32], part[32];
+    const uint32_t lane = threadIdx.x, units = max((*a.batch.work_count + 1) / 2, a.workers);
+    for (uint32_t i = block * 32 + lane; i < units * 2; i += UNIT_BLOCKS * 32) {
+        for (int k = 0; k < 2; k++)
+            sm90::read_item(&item[k][lane], a, i / 2 * 2 + k);
+        sm90::make_part(&part[lane], &item[0][lane], &item[1][lane], i % 2, a);
+        static_cast<sm90::item *>(a.units)[i] = part[lane];
+    }
+}
+
 template <int CHUNKS>
 __global__ void __launch_bounds__(NORM_WARPS * 32)
-    moments_kernel(const __grid_constant__ hstu_moments_args a)
+    prepare_kernel(const __grid_constant__ hstu_prepare_args a)
 {
     const uint32_t row = blockIdx.x * NORM_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t row_blocks = (a.rows + NORM_WARPS - 1) / NORM_WARPS;
     mma::dependency_trigger();
+    if (blockIdx.x >= row_blocks && threadIdx.x < 32)
+        make_units(a.units, blockIdx.x - row_blocks);
     if (row >= a.rows || a.row_sequence[row] == UINT32_MAX)
         return;
     eight e[CHUNKS];
@@ -335,28 +355,30 @@ static int launch(void (*kernel)(Args), uint32_t blocks, dim3 threads, const Arg
     return e == cudaSuccess ? SKV_OK : SKV_EDEVICE;
 }
 
-/* A warp a row: of four kernels the one for the fewest chunks that hold it. */
+/* A warp a row, and `more` blocks: of four kernels the one for the fewest chunks that hold a row. */
 template <typename Args>
-static int launch_rows(void (*const (&kernels)[4])(Args), const Args &args, void *stream)
+static int launch_rows(void (*const (&kernels)[4])(Args), const Args &args, uint32_t more,
+                       void *stream)
 {
     const uint32_t c = args.columns;
     return launch(kernels[c <= 256    ? 0
                           : c <= 512  ? 1
                           : c <= 1024 ? 2
                                       : 3],
-                  (args.rows + NORM_WARPS - 1) / NORM_WARPS, NORM_WARPS * 32, args, false, stream);
+                  (args.rows + NORM_WARPS - 1) / NORM_WARPS + more, NORM_WARPS * 32, args, false,
+                  stream);
 }
 
 int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
 {
-    return launch_rows({norm_kernel<1>, norm_kernel<2>, norm_kernel<4>, norm_kernel<8>}, *args,
+    return launch_rows({norm_kernel<1>, norm_kernel<2>, norm_kernel<4>, norm_kernel<8>}, *args, 0,
                        stream);
 }
 
-int hstu_launch_moments(const struct hstu_moments_args *args, void *stream)
+int hstu_launch_prepare(const struct hstu_prepare_args *args, void *stream)
 {
-    return launch_rows({moments_kernel<1>, moments_kernel<2>, moments_kernel<4>, moments_kernel<8>},
-                       *args, stream);
+    return launch_rows({prepare_kernel<1>, prepare_kernel<2>, prepare_kernel<4>, prepare_kernel<8>},
+                       *args, args->units.units ? UNIT_BLOCKS : 0, stream);
 }
 
 int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)

@@ -141,7 +141,6 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
                   .slot = on_device(slot, rows * 4),
                   .slices = on_device(slices, rows),
                   .work = on_device(work, counts.layout.work * sizeof *work),
-                  .work_room = counts.layout.work,
                   .work_count = &on_counts->layout.work,
                   .target_start = on_counts->target_start,
                   .next = on_counts->next},
@@ -152,6 +151,12 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     CUDA(cudaMemset(args.partial, 0xff, planes * plane * 4));
     cudaStream_t stream;
     CUDA(cudaStreamCreate(&stream));
+    if (path->unit_items == 2) {
+        void *units = on_device(NULL, ((uint64_t)counts.layout.work + sms) * HSTU_UNIT_BYTES);
+        struct hstu_prepare_args prepare = {.units = hstu_units_of(&args, units)};
+        args.units = units;
+        cr_assert_eq(hstu_launch_prepare(&prepare, stream), SKV_OK);
+    }
     cr_assert_eq(path->launch(&args, stream), SKV_OK);
     CUDA(cudaStreamSynchronize(stream));
     CUDA(cudaStreamDestroy(stream));
@@ -170,6 +175,7 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     cudaFree((void *)args.batch.slot);
     cudaFree((void *)args.batch.slices);
     cudaFree((void *)args.batch.work);
+    cudaFree((void *)args.units);
     cudaFree(args.partial);
     cudaFree(on_counts);
     free(pages), free(slices), free(sequence), free(slot), free(work), free(partial);

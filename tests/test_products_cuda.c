@@ -126,7 +126,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
                                           .geometry = g,
                                           .rows = rows,
                                           .layer = g.layers - 1};
-    struct hstu_moments_args rows_moments = {
+    struct hstu_prepare_args prepare = {
         .row_sequence = on_sequence, .x = x, .out = moments, .rows = rows, .columns = k};
     struct hstu_uvqk_args fused = {.x = x,
                                    .b = on_folded,
@@ -147,7 +147,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     cr_assert_eq(hstu_launch_norm(&norm, NULL), SKV_OK);
     cr_assert_eq(hstu_launch_product(HSTU_PRODUCT_BIAS, &product, NULL), SKV_OK);
     cr_assert_eq(hstu_launch_activate(&activate, NULL), SKV_OK);
-    cr_assert_eq(hstu_launch_moments(&rows_moments, NULL), SKV_OK);
+    cr_assert_eq(hstu_launch_prepare(&prepare, NULL), SKV_OK);
     cr_assert_eq(hstu_launch_uvqk_sm90(&fused, NULL), SKV_OK);
     CUDA(cudaDeviceSynchronize());
     uint16_t *host_x = to_host(x, (uint64_t)rows * k * 2);
