@@ -158,8 +158,10 @@ __global__ void __launch_bounds__(ACTIVATE_THREADS)
     for (uint32_t i = threadIdx.x; i < 4 * part; i += ACTIVATE_THREADS) {
         eight e = widen(m[i]);
 #pragma unroll
-        for (int k = 0; k < 8; k++)
-            e.v[k] = mma::silu(e.v[k]);
+        for (int k = 0; k < 8; k += 2) {
+            const float2 x = mma::silu(make_float2(e.v[k], e.v[k + 1]));
+            e.v[k] = x.x, e.v[k + 1] = x.y;
+        }
         uint4 bits = narrow(e);
         m[i] = bits;
         uint32_t which = i / part; /* u, v, q, k */

@@ -91,6 +91,19 @@ __device__ __forceinline__ float silu(float x)
     return x * r;
 }
 
+/* The same of two values by one rcp, of both denominators' product: the special function unit is
+ * what SiLU waits for. Below -41 ex2 is held at 2^60, so that the product is finite; x 2^-60 is as
+ * good as zero. A value's last bits depend on the other one: not where that is masked. */
+__device__ __forceinline__ float2 silu(float2 x)
+{
+    float e, f, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.4426950408889634f * x.x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(f) : "f"(-1.4426950408889634f * x.y));
+    const float a = 1.0f + fminf(e, 0x1p60f), b = 1.0f + fminf(f, 0x1p60f);
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a * b));
+    return make_float2(x.x * (r * b), x.y * (r * a));
+}
+
 /* Programmatic dependent launch, from 9.0 on; nothing in an ordinary launch. Above the wait a
  * kernel reads nothing that the one before it writes, and writes nothing. */
 __device__ __forceinline__ void dependency_wait()

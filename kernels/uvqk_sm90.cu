@@ -211,8 +211,8 @@ __device__ __forceinline__ char *page_column(const parameters &p, uint32_t colum
 
 __device__ __forceinline__ uint32_t activate(uint32_t pair)
 {
-    float2 x = mma::unpack(pair);
-    return mma::pack(mma::silu(x.x), mma::silu(x.y));
+    const float2 x = mma::silu(mma::unpack(pair));
+    return mma::pack(x.x, x.y);
 }
 
 /* A tile whose sums go to memory. */
