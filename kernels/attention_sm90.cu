@@ -105,13 +105,14 @@ struct page_window {
     uint32_t id;
 };
 
-/* This block's part of a unit, 16 bytes a lane; behind the last unit zeros: no steps. */
+/* This block's part of a unit, 16 bytes a lane; behind the last unit zeros: no steps. Past the L1:
+ * nothing has been waited for yet when the first one is asked for. */
 __device__ __forceinline__ uint4 ask(const struct parameters &p, uint32_t unit)
 {
     const uint4 *part = p.units + ((uint64_t)unit * 2 + cluster_rank()) * ITEM_CHUNKS;
     uint4 chunk = {};
     if (unit != HSTU_WORK_LAST)
-        chunk = __ldg(part + min(threadIdx.x % 32, ITEM_CHUNKS - 1));
+        chunk = __ldcg(part + min(threadIdx.x % 32, ITEM_CHUNKS - 1));
     return chunk;
 }
 

@@ -2,8 +2,7 @@
  * first needed (a few milliseconds), launched with one call ever after. Batch and lengths are data
  * behind fixed addresses; only the number of rows is in the graph.
  *
- *   pull -> prepare -> L x { [gate l] -> norm -> UVQK -> activate -> attention -> gate ->
- * projection } -> head
+ *   pull -> L x { [gate l] -> norm -> UVQK -> activate -> attention -> gate -> projection } -> head
  *
  * or, fused (uvqk_sm90.cu, project_sm90.cu),
  *
@@ -160,7 +159,7 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
     return hstu_launch_pull(&pull, c->stream);
 }
 
-/* What the layers rely on beside what pull brings. */
+/* What Hopper's layers rely on beside what pull brings. */
 static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
 {
     const struct hstu_cuda_arena *a = &c->arena;

@@ -357,7 +357,7 @@ static int launch(void (*kernel)(Args), uint32_t blocks, dim3 threads, const Arg
     return e == cudaSuccess ? SKV_OK : SKV_EDEVICE;
 }
 
-/* A warp a row, and `more` blocks: of four kernels the one for the fewest chunks that hold a row. */
+/* A warp a row, and `more` blocks: of four kernels the one for the fewest chunks that hold it. */
 template <typename Args>
 static int launch_rows(void (*const (&kernels)[4])(Args), const Args &args, uint32_t more,
                        void *stream)

@@ -491,6 +491,30 @@ Test(layers_cuda, the_cuda_reference_equals_the_c_reference)
     rig_close(r);
 }
 
+/* The same batch again, SIDEKV_TEST_REPEATS times or once: the same bits as in x. */
+static void check_repeats(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t batch,
+                          const float *x, uint64_t elements)
+{
+    const char *wanted = getenv("SIDEKV_TEST_REPEATS");
+    float *again = malloc(elements * 4);
+    for (int left = wanted ? atoi(wanted) : 1; left > 0; left--) {
+        uint64_t others = 0, first = 0;
+        cr_assert_eq(hstu_backend_cuda.debug(c, s, batch, again), SKV_OK);
+        for (uint64_t i = elements; i-- > 0;)
+            if (memcmp(&again[i], &x[i], 4) != 0) {
+                others++;
+                first = i;
+            }
+        cr_expect_eq(others, 0,
+                     "%s, batch %u, history %u: %llu values of %llu differ from the run before, "
+                     "from row %llu, column %llu on",
+                     c->path->name, batch, s->history, (unsigned long long)others,
+                     (unsigned long long)elements, (unsigned long long)(first / c->model.embed),
+                     (unsigned long long)(first % c->model.embed));
+    }
+    free(again);
+}
+
 /* One cell: history, new tokens and 256 candidates for `batch` users, cached pages random, every
  * other page NaN. Returns the worst distance of both runners. */
 static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h, uint32_t n,
@@ -523,6 +547,7 @@ static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h
                   "%s: batch %u, history %u, new %u: max %.2f mean %.2f of the limit",
                   runner[k]->path->name, batch, h, n, d.max, d.mean);
         worst = fmax(worst, fmax(d.max, d.mean));
+        check_repeats(runner[k], s, batch, x, elements);
     }
     free(x), free(r32), free(r16);
     return worst;
