@@ -647,6 +647,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         map_prefetch(&p.m_k);
         map_prefetch(&p.m_v);
     }
+    __syncwarp();
     cluster_start();
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp < 4) {

@@ -198,6 +198,9 @@ int hstu_cuda_memory_open(struct hstu_cuda *c)
     at = (struct carver){.base = c->on_device.memory};
     carve_weights(c, &at);
     status = hstu_cuda_check(upload_all(c), "uploading the weights");
+    /* A copy from pageable memory may return before it has arrived; our stream waits for none. */
+    if (status == SKV_OK)
+        status = hstu_cuda_check(cudaDeviceSynchronize(), "uploading the weights");
     if (status != SKV_OK)
         return status;
 
