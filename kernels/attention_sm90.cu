@@ -129,8 +129,8 @@ template <int D> struct producer {
     {
     }
 
-    /* Before the first load from m. The work list, the page ids and the pages' cached rows are
-     * older than the kernel before. */
+    /* Before the first load from m. The units, the page ids and the pages' cached rows are older
+     * than the kernel before. */
     __device__ __forceinline__ void wait_for_m()
     {
         if (!waited)

@@ -9,7 +9,10 @@
  * needs.
  *
  * An item's keys are three spans: the prefix (tiles start at a page box), the in-flight history,
- * and the candidates' own keys; a tile of 128 keys never straddles two. */
+ * and the candidates' own keys; a tile of 128 keys never straddles two.
+ *
+ * What each block does of each unit is worked out once a pass (hstu_launch_prepare()), from the
+ * work list; every layer's blocks only read it. */
 #ifndef HSTU_ATTENTION_SM90_ITEM_CUH
 #define HSTU_ATTENTION_SM90_ITEM_CUH
 

@@ -1,5 +1,6 @@
-/* The element-wise kernels of a layer: norm before UVQK (or its statistics alone), activation after
- * it, gate before the projection. Each reads and writes every element once, 16 bytes a thread;
+/* The element-wise kernels of a layer: norm before UVQK, activation after it, gate before the
+ * projection; and, once a pass, what Hopper's layers have instead of the norm: statistics of the
+ * first x, and attention's units. Each reads and writes every element once, 16 bytes a thread;
  * statistics are fp32, two passes over registers. */
 #include "cuda_kernels.h"
 

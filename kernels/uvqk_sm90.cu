@@ -4,7 +4,7 @@
  *
  * The norm: LN(x) W = (x W' - mean * sums) / deviation + bias', with W' = weight o W, the sums of
  * its columns, and the norm's own bias in bias'; what a row needs came with x, in parts
- * (project_sm90.cu and the moments kernel write them). Sums are rounded to bf16 in registers,
+ * (project_sm90.cu and the prepare kernel write them). Sums are rounded to bf16 in registers,
  * activated, and stored by way of a little shared memory. A block of many tiles does that while the
  * tensor cores are at the next tile, a few columns after each step: SiLU, bound by the special
  * function unit, takes a quarter of a product's time.
