@@ -37,9 +37,9 @@ constexpr uint32_t PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
 /* What follows from the head dim. */
 template <int D> struct config {
-    static constexpr int CHUNKS = D / 64;          /* parts of K, and of V, a tile */
-    static constexpr int V_KEYS = KEYS / CHUNKS;   /* keys of a part of V */
-    static constexpr int PARTS = D == 64 ? 1 : 2;  /* of a slot */
+    static constexpr int CHUNKS = D / 64;           /* parts of K, and of V, a tile */
+    static constexpr int V_KEYS = KEYS / CHUNKS;    /* keys of a part of V */
+    static constexpr int PARTS = D == 64 ? 1 : 2;   /* of a slot */
     static constexpr int KV_SLOTS = CHUNKS / PARTS; /* of K, and of V, a tile */
     static constexpr uint32_t SLOT_BYTES = PARTS * PART_BYTES;
     /* Of one part each: even, as the blocks of a pair load them in turn. */
@@ -112,7 +112,7 @@ __device__ __forceinline__ void cut(struct item *it, const struct hstu_units_arg
     int32_t first = first_position(it), after = first + it->work.rows, history = it->work.history;
     int32_t key0 = it->work.key0, key1 = it->work.key1, cached = it->work.cached;
     int32_t seen = min(min(history, after), key1); /* end of the history that its rows see */
-    int32_t box = min(a.page_tokens, HALF); /* rows of the pool's boxes of K */
+    int32_t box = min(a.page_tokens, HALF);        /* rows of the pool's boxes of K */
     struct span prefix = {key0 / box * box, min(cached, seen)};
     struct span flight = {max(key0, cached), seen};
     struct span own = {0, 0};

@@ -46,7 +46,7 @@ template <typename F> auto with_shape(enum hstu_tiles tiles, F f)
 struct page_layout {
     char *layer; /* in page 0 */
     uint64_t head_bytes;
-    uint32_t units; /* of a page: 128 bytes, the least that a row of a head takes */
+    uint32_t lines;                   /* of 128 bytes, a page: a row of a head takes one or more */
     uint32_t heads, shift, dim_shift; /* log2 of a page's tokens, of the head dim */
 };
 
@@ -196,7 +196,7 @@ template <typename S> __device__ void note(const parameters &p, tile_notes<S> no
     }
 }
 
-constexpr int UNIT_SHIFT = 7;
+constexpr int LINE_SHIFT = 7;
 
 /* Where K or V of this column of m goes in page 0, slot 0; NULL for u and q. */
 __device__ __forceinline__ char *page_column(const parameters &p, uint32_t column)
@@ -218,18 +218,18 @@ __device__ __forceinline__ uint32_t activate(uint32_t pair)
 /* A tile whose sums go to memory. */
 struct place {
     uint32_t row0, column0;
-    uint32_t unit[4]; /* of the pool, where the rows that this lane stores go; UINT32_MAX: nowhere */
+    uint32_t line[4]; /* of the pool, for the rows that this lane stores; UINT32_MAX: nowhere */
 
-    __device__ __forceinline__ void ask_units(const parameters &p, uint32_t warp)
+    __device__ __forceinline__ void ask_lines(const parameters &p, uint32_t warp)
     {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t row = stored_row(row0, warp, i);
             const uint32_t slot = row < p.rows ? __ldg(p.slot + row) : UINT32_MAX;
             const uint32_t page = slot >> p.pages.shift, at = slot - (page << p.pages.shift);
-            unit[i] = slot == UINT32_MAX ? slot
-                                         : page * p.pages.units +
-                                               ((at << p.pages.dim_shift) * 2 >> UNIT_SHIFT);
+            line[i] = slot == UINT32_MAX
+                          ? slot
+                          : page * p.pages.lines + ((at << p.pages.dim_shift) * 2 >> LINE_SHIFT);
         }
     }
 };
@@ -253,8 +253,8 @@ __device__ __forceinline__ void finish(const parameters &p, const place &at, con
         return;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        if (at.unit[i] != UINT32_MAX)
-            *reinterpret_cast<uint4 *>(page + ((uint64_t)at.unit[i] << UNIT_SHIFT)) =
+        if (at.line[i] != UINT32_MAX)
+            *reinterpret_cast<uint4 *>(page + ((uint64_t)at.line[i] << LINE_SHIFT)) =
                 staged(staging, i);
 }
 
@@ -314,7 +314,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
         last.row0 = row0;
         last.column0 = column0;
         if (!S::SHADOW)
-            last.ask_units(p, warp);
+            last.ask_lines(p, warp);
 #pragma unroll
         for (int piece = 0; piece < S::PIECES; piece++) {
             uint32_t *word = S::SHADOW ? sums + piece * 4 : sums;
@@ -333,7 +333,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
         }
         notes.release();
         if (S::SHADOW)
-            last.ask_units(p, warp);
+            last.ask_lines(p, warp);
     }
 }
 
@@ -375,8 +375,8 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.slot = args->slot;
     const skv_geometry &g = args->geometry;
     p.pages.head_bytes = (uint64_t)g.page_tokens * g.head_dim * 2;
-    const uint64_t units = p.pages.head_bytes * g.heads * 2 * g.layers >> UNIT_SHIFT;
-    p.pages.units = (uint32_t)units;
+    const uint64_t lines = p.pages.head_bytes * g.heads * 2 * g.layers >> LINE_SHIFT;
+    p.pages.lines = (uint32_t)lines;
     p.pages.layer = (char *)args->pool + args->layer * 2 * g.heads * p.pages.head_bytes;
     p.pages.heads = g.heads;
     p.pages.shift = __builtin_ctz(g.page_tokens);
