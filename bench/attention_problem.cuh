@@ -208,7 +208,7 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
                                        sizeof(float));
     if (p->path->unit_items == 2) {
         struct hstu_prepare_args prepare = {};
-        void *units = device_alloc(((uint64_t)capacity + a->sm_count) * HSTU_UNIT_BYTES);
+        void *units = device_alloc(hstu_units_bytes(capacity, a->sm_count));
         prepare.units = hstu_units_of(a, units);
         a->units = units;
         if (hstu_launch_prepare(&prepare, 0))

@@ -713,7 +713,7 @@ template <int D> int launch(const struct hstu_attention_args *args, cudaStream_t
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t grid = {};
-    grid.gridDim = dim3(args->sm_count < 2 ? 2 : args->sm_count & ~1u);
+    grid.gridDim = dim3(hstu_workers(2, args->sm_count) * 2);
     grid.blockDim = dim3(THREADS);
     grid.dynamicSmemBytes = shared_bytes<D>();
     grid.stream = stream;

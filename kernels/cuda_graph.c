@@ -170,7 +170,7 @@ static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
                                         .rows = c->fused ? rows : 0,
                                         .columns = c->model.embed,
                                         .units = hstu_units_of(&attention, a->units)};
-    return c->fused || a->units ? hstu_launch_prepare(&prepare, c->stream) : SKV_OK;
+    return a->units ? hstu_launch_prepare(&prepare, c->stream) : SKV_OK;
 }
 
 /* The wait for gate l, before the kernels of layer l touch pages. A kernel behind such a wait does

@@ -143,8 +143,8 @@ static void carve_arena(struct hstu_cuda *c, struct carver *at)
     a->slices = carve(at, rows);
     a->page = carve(at, (uint64_t)c->page_capacity * 4);
     a->work = carve(at, c->work_capacity * sizeof *a->work);
-    if (c->path->unit_items == 2) /* units, or as many as there are workers */
-        a->units = carve(at, ((uint64_t)c->work_capacity / 2 + c->sm_count) * HSTU_UNIT_BYTES);
+    if (c->path->unit_items == 2)
+        a->units = carve(at, hstu_units_bytes(c->work_capacity, (uint32_t)c->sm_count));
     uint64_t hidden_bytes = rows * c->on_device.head_columns * 4, m_bytes = rows * 4 * HD * 2;
     a->activations = carve(at, 0);
     a->x = carve(at, rows * E * 2);

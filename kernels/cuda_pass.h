@@ -76,9 +76,21 @@ struct hstu_units_args {
     uint32_t page_tokens, rows, group;
     uint32_t workers; /* pairs of blocks: each finds a unit, an empty one where the list is short */
     bool rounded;     /* as in struct hstu_attention_args */
-    void *units;      /* out, [units or workers][HSTU_UNIT_BYTES]; NULL: none are needed */
+    void *units;      /* out, hstu_units_bytes(); NULL: none are needed */
 };
 #define HSTU_UNIT_BYTES 288
+
+/* Who walks a work list: blocks, or pairs of them where units have two items. */
+static inline uint32_t hstu_workers(uint32_t unit_items, uint32_t sm_count)
+{
+    return sm_count > unit_items ? sm_count / unit_items : 1;
+}
+
+/* Of the units of a list of at most `items`, or as many as there are workers. */
+static inline uint64_t hstu_units_bytes(uint32_t items, uint32_t sm_count)
+{
+    return ((uint64_t)items / 2 + sm_count) * HSTU_UNIT_BYTES;
+}
 
 /* Everything an attention launch needs. Activations m [rows][4*H*D] bf16, post-SiLU, in flat order
  * u|v|q|k. */
@@ -111,7 +123,7 @@ struct hstu_attention_path {
     uint32_t key_step;
     /* Items of a unit: 1, or 2 where two blocks work side by side, on items 2u and 2u + 1. Who
      * takes units one by one may draw them in the order of the list; pairs of blocks, of which
-     * there are sm_count / 2 and at least one, follow `next`, pair w from unit w on. */
+     * there are hstu_workers(), follow `next`, pair w from unit w on. */
     uint32_t unit_items;
     bool rounds; /* sums of tiles of one slice to bf16 in every graph, not only where there is one
                     plane */
@@ -125,12 +137,8 @@ struct hstu_attention_path {
 static inline struct hstu_units_args hstu_units_of(const struct hstu_attention_args *args,
                                                    void *units)
 {
-    return (struct hstu_units_args){args->batch,
-                                    args->geometry.page_tokens,
-                                    args->rows,
-                                    args->group,
-                                    args->sm_count / 2 ? args->sm_count / 2 : 1,
-                                    args->rounded,
+    return (struct hstu_units_args){args->batch, args->geometry.page_tokens,      args->rows,
+                                    args->group, hstu_workers(2, args->sm_count), args->rounded,
                                     units};
 }
 

@@ -519,7 +519,7 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
                    uint32_t rows, uint32_t sm_count, uint32_t max_slices, struct hstu_work *work,
                    uint32_t capacity, uint8_t *row_slices)
 {
-    uint32_t workers = max_u32(sm_count / path->unit_items, 1);
+    uint32_t workers = hstu_workers(path->unit_items, sm_count);
     assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1 && workers <= MAX_WORKERS);
     uint32_t tile_rows = path->tile_rows(geometry->head_dim);
     struct cutting cuttings[SKV_MAX_BATCH] = {{0}};

@@ -152,7 +152,7 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     cudaStream_t stream;
     CUDA(cudaStreamCreate(&stream));
     if (path->unit_items == 2) {
-        void *units = on_device(NULL, ((uint64_t)counts.layout.work + sms) * HSTU_UNIT_BYTES);
+        void *units = on_device(NULL, hstu_units_bytes(counts.layout.work, (uint32_t)sms));
         struct hstu_prepare_args prepare = {.units = hstu_units_of(&args, units)};
         args.units = units;
         cr_assert_eq(hstu_launch_prepare(&prepare, stream), SKV_OK);
