@@ -103,7 +103,8 @@ __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* Ordinary stores of this thread to shared memory, before what wgmma and TMA do to it next. */
+/* Ordinary loads and stores of this thread in shared memory, before what wgmma and TMA do there
+ * next. */
 __device__ __forceinline__ void async_proxy_fence()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

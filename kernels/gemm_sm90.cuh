@@ -209,9 +209,7 @@ __device__ __forceinline__ void run_block(uint32_t shared, Produce produce, Cons
         if (S::GROUPS > 1)
             sm90::registers_grow<S::MANY>();
         consume(ring, group - 1);
-        /* Shared memory stays until then. Blocks of clusters, in large graphs, stay until their
-         * results have arrived, too. */
-        S::CLUSTER > 1 ? stores_done() : stores_read();
+        stores_read(); /* shared memory stays until then */
     }
 }
 

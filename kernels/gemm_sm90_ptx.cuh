@@ -90,12 +90,6 @@ __device__ __forceinline__ void stores_read()
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-/* And what they stored is in memory. */
-__device__ __forceinline__ void stores_done()
-{
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 #undef LIST128
 #undef LIST64
 #undef LIST32

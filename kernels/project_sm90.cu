@@ -106,6 +106,8 @@ template <typename S> struct consumer {
                     d[(step * S::X_COLUMNS / 16 + i) * 8 + j * 2 + 1] = v.y;
                 }
             }
+            /* The loads above have been issued, not done: TMA could be faster than they are. */
+            sm90::async_proxy_fence();
             sync_group(group); /* all four warps have read it */
             ring.release(ring.stage);
             ring.advance();

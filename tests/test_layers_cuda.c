@@ -491,18 +491,23 @@ Test(layers_cuda, the_cuda_reference_equals_the_c_reference)
     rig_close(r);
 }
 
-/* The same batch again, SIDEKV_TEST_REPEATS times or once, everything on the device but weights and
- * pages NaN before: the same bits as in x. */
+/* The same batch again, SIDEKV_TEST_REPEATS times or REPEATS, everything on the device but weights
+ * and pages NaN before: the same bits as in x. What kernels hand over too early shows here, and
+ * seldom: 16 bytes of 34,816 rows in every fourth pass, once. */
+enum { REPEATS = 8 };
+
 static void check_repeats(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t batch,
                           const float *x, uint64_t elements)
 {
     const char *wanted = getenv("SIDEKV_TEST_REPEATS");
     const uint64_t columns = c->model.embed;
     float *again = malloc(elements * 4);
-    for (int left = wanted ? atoi(wanted) : 1; left > 0; left--) {
+    for (int left = wanted ? atoi(wanted) : REPEATS; left > 0; left--) {
         uint64_t others = 0, rows[2] = {UINT64_MAX, 0}, at[2] = {UINT64_MAX, 0};
         cr_assert_eq(hstu_cuda_poison(c), SKV_OK);
         cr_assert_eq(hstu_backend_cuda.debug(c, s, batch, again), SKV_OK);
+        if (memcmp(again, x, elements * 4) == 0)
+            continue;
         for (uint64_t i = 0; i < elements; i++) {
             const uint64_t row = i / columns, column = i % columns;
             if (memcmp(&again[i], &x[i], 4) == 0)
