@@ -153,6 +153,7 @@ static void gate(uint32_t rows)
                                   .y = a,
                                   .rows = rows,
                                   .columns = E,
+                                  .sm_count = (uint32_t)sm_count,
                                   .inverse_n = 1.0f / 4352,
                                   .eps = 1e-5f,
                                   .rounded = true};

@@ -316,4 +316,4 @@ int path_launch(const hstu_attention_args *args, void *stream)
 } // namespace
 
 extern "C" const struct hstu_attention_path hstu_attention_portable = {
-    "portable", tile_rows, KEY_STEP, 1, false, path_launch};
+    "portable", tile_rows, KEY_STEP, 1, false, 0, path_launch};

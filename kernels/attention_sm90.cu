@@ -133,8 +133,10 @@ template <int D> struct producer {
      * than the kernel before. */
     __device__ __forceinline__ void wait_for_m()
     {
-        if (!waited)
-            dependency_wait();
+        if (waited)
+            return;
+        dependency_wait();
+        dependency_trigger(); /* the gate's blocks come where ours have gone */
         waited = true;
     }
 
@@ -751,5 +753,5 @@ int path_launch(const struct hstu_attention_args *args, void *stream)
 } // namespace
 
 extern "C" const struct hstu_attention_path hstu_attention_sm90 = {
-    "sm90", path_tile_rows, KEYS, 2, true, path_launch,
+    "sm90", path_tile_rows, KEYS, 2, true, 2048, path_launch,
 };

@@ -6,7 +6,7 @@
  * keys, the unit is *joined*: each K and V tile is read once and sent to both blocks, and the rows
  * are dealt out by warpgroups so that the causal edge costs both blocks the same. Otherwise each
  * block has its own item and loads for itself; the shorter one is padded with tiles that nobody
- * needs.
+ * needs. Halved tiles, in small graphs, keep one warpgroup of a block at work.
  *
  * An item's keys are three spans: the prefix (tiles start at a page box), the in-flight history,
  * and the candidates' own keys; a tile of 128 keys never straddles two.
@@ -153,18 +153,20 @@ __device__ __forceinline__ void read_item(struct item *it, const struct hstu_uni
     cut(it, a);
 }
 
-/* May the two share their tiles? Neighbouring rows of one head over the same keys; the first may
- * stop earlier only where the mask stops it. Candidates' own keys are nobody else's: where both
- * have some, the unit walks more tiles than either alone, which only long items make good. */
+/* May the two share their tiles? Neighbouring rows of one head over the same keys, whole or halved
+ * tiles; the first may stop earlier only where the mask stops it. Candidates' own keys are nobody
+ * else's: where both have some, the unit walks more tiles than either alone, which only long items
+ * make good. */
 __device__ __forceinline__ bool joins(const struct item *a, const struct item *b)
 {
     const struct hstu_work &x = a->work, &y = b->work;
     const struct span &own = b->span[2];
     bool both = a->span[2].end > a->span[2].start;
     int32_t more = both ? tiles_of({a->span[2].start, own.end}) - tiles_of(own) : 0;
-    return x.rows == ROWS && y.rows > 0 && x.sequence == y.sequence && x.head == y.head &&
-           y.row0 == x.row0 + ROWS && x.key0 == y.key0 &&
-           (x.key1 == y.key1 || (x.key1 < y.key1 && (int32_t)x.key1 == first_position(a) + ROWS)) &&
+    return (x.rows == ROWS || x.rows == ROWS / 2) && y.rows > 0 && x.sequence == y.sequence &&
+           x.head == y.head && y.row0 == x.row0 + x.rows && x.key0 == y.key0 &&
+           (x.key1 == y.key1 ||
+            (x.key1 < y.key1 && x.key1 == (uint32_t)first_position(a) + x.rows)) &&
            more * 8 <= b->tiles[1];
 }
 
@@ -180,17 +182,21 @@ __device__ __forceinline__ void make_part(struct item *it, const struct item *a,
     it->joined = joined;
     it->steps = max(a->tiles[2], b->tiles[2]);
     if (joined) {
-        it->work.rows = ROWS + b->work.rows;
+        it->work.rows = a->work.rows + b->work.rows;
         it->work.key1 = b->work.key1;
         cut(it, args);
         it->steps = it->tiles[2];
     }
-    /* Of four warpgroups' rows, one block has the outer two, the other the inner two. */
+    /* Of four warpgroups' rows, one block has the outer two, the other the inner two. Halved: a
+     * block the first 64, the other the rest. */
+    const int32_t rows = joined ? (int32_t)a->work.rows : ROWS;
     for (int g = 0; g < WARPGROUPS; g++) {
-        int32_t row = joined ? 64 * (rank == 0 ? 3 * g : 1 + g) : 64 * g;
+        int32_t row = 64 * g;
+        if (joined)
+            row = rows == ROWS ? 64 * (rank == 0 ? 3 * g : 1 + g) : 64 * rank + 128 * g;
         it->group_row[g] = row;
-        const struct item *of = row >= ROWS ? b : mine;
-        it->group_out[g] = of->work.slice * args.rows + of->row + row % ROWS;
+        const struct item *of = row >= rows ? b : mine;
+        it->group_out[g] = of->work.slice * args.rows + of->row + row % rows;
         it->group_rounded[g] = args.rounded && of->work.slices == 1;
     }
 }

@@ -195,6 +195,7 @@ static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
                                   .y = a->normed,
                                   .rows = rows,
                                   .columns = c->model.geometry.heads * c->model.geometry.head_dim,
+                                  .sm_count = (uint32_t)c->sm_count,
                                   .inverse_n = 1.0f / (float)c->model.scaling_length,
                                   .eps = c->model.eps,
                                   .rounded = is_rounded(c, rows),

@@ -89,6 +89,7 @@ struct hstu_gate_args {
     const void *m, *weight, *bias;
     void *y;
     uint32_t rows, columns; /* HD */
+    uint32_t sm_count;
     float inverse_n, eps;
     bool rounded; /* sums of one slice: bf16 in the first half of a row's place */
     bool early;   /* may start while attention ends */

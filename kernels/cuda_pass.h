@@ -127,6 +127,9 @@ struct hstu_attention_path {
     uint32_t unit_items;
     bool rounds; /* sums of tiles of one slice to bf16 in every graph, not only where there is one
                     plane */
+    /* In graphs of up to so many rows tiles may have half as many rows, all of a sequence's: they
+     * are more, and end sooner. Where units have two items. */
+    uint32_t halved_rows;
     /* Enqueues attention of args->layer on the stream (a cudaStream_t): a persistent grid that
      * walks the work list. Called while the stream is being captured. SKV_EDEVICE, SKV_ENOTSUP,
      * logged. */

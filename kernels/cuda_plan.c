@@ -1,17 +1,17 @@
 /* The attention planner: cuts a batch into work items. Called by the CUDA runner before every
  * launch, on the CPU, in a few microseconds; plain C, needs no GPU.
  *
- * A tile is tile_rows() consecutive query rows of one sequence and one head. Its keys are the
- * history up to its last row, then, for candidates, their own groups. SiLU attention has no row
- * sum, so a tile's history may be cut into slices whose partial outputs simply add: that is how a
- * small batch fills the machine. All slices of a sequence but each tile's last have the same
- * length, its target. It need not divide the history: a long slice and a short rest fill a machine
- * that two halves do not. What comes behind the slices, candidates' own keys for example, belongs
- * to a tile's last one, or, in small batches, where the longest unit is what counts, is a slice of
- * its own. For each possible cutting the planner works out when the last worker would finish if the
- * graph's rows were all filled by copies of this one sequence, and takes the best. It looks at the
- * graph size and at this sequence alone, never at its batch mates, so who else is in the batch
- * cannot change a single bit.
+ * A tile is tile_rows() consecutive query rows of one sequence and one head, or half as many where
+ * a small graph's work spreads better so. Its keys are the history up to its last row, then, for
+ * candidates, their own groups. SiLU attention has no row sum, so a tile's history may be cut into
+ * slices whose partial outputs simply add: that is how a small batch fills the machine. All slices
+ * of a sequence but each tile's last have the same length, its target. It need not divide the
+ * history: a long slice and a short rest fill a machine that two halves do not. What comes behind
+ * the slices, candidates' own keys for example, belongs to a tile's last one, or, in small batches,
+ * where the longest unit is what counts, is a slice of its own. For each possible cutting the
+ * planner works out when the last worker would finish if the graph's rows were all filled by copies
+ * of this one sequence, and takes the best. It looks at the graph size and at this sequence alone,
+ * never at its batch mates, so who else is in the batch cannot change a single bit.
  *
  * A worker takes a unit of work at a time: an item, or two where the path's blocks work in pairs
  * (struct hstu_attention_path). Two items of a unit are neighbouring tiles of one head and slice,
@@ -43,6 +43,7 @@ enum {
 struct shape {
     uint32_t cached, history, rows; /* c, h, q */
     uint32_t tiles, tile_rows, key_step, unit_items, group, heads;
+    uint32_t halved; /* 1: its tiles have half the path's rows */
 };
 
 /* Where a sequence lies in the batch. */
@@ -61,6 +62,12 @@ struct tile {
 struct cutting {
     uint32_t target; /* steps of history a slice */
     bool apart;      /* what else a tile has is a slice of its own */
+};
+
+struct choice {
+    struct shape shape;
+    struct cutting cutting;
+    uint64_t time; /* at which a graph full of such sequences ends, in ticks */
 };
 
 /* Two neighbouring tiles, cut alike, or one that has none to join: then it is both. Slices of the
@@ -119,7 +126,8 @@ uint32_t hstu_plan_slices(uint32_t rows)
 uint32_t hstu_plan_capacity(const struct hstu_attention_path *path,
                             const struct skv_geometry *geometry, uint32_t rows, uint32_t batch)
 {
-    uint32_t tiles = divide_up(rows, path->tile_rows(geometry->head_dim)) + batch;
+    uint32_t tile_rows = path->tile_rows(geometry->head_dim);
+    uint32_t tiles = divide_up(rows, rows <= path->halved_rows ? tile_rows / 2 : tile_rows) + batch;
     /* The last unit may lack an item. */
     return tiles * geometry->heads * hstu_plan_slices(rows) + path->unit_items - 1;
 }
@@ -185,7 +193,8 @@ static uint32_t unit_length(const struct shape *s, const struct neighbours *n,
     }
     /* Of its own keys' tile a warpgroup multiplies half, where the groups are small. */
     own *= s->group * 2 <= s->key_step ? 1 : 2;
-    return min_u32(max_u32(shared * 2 + own, 1), LENGTHS - 1);
+    /* A halved tile's steps take as long as a whole one's, what is around them half a step less. */
+    return min_u32(max_u32(shared * 2 + own, 1 + s->halved) - s->halved, LENGTHS - 1);
 }
 
 static uint32_t slice_key(const struct shape *s, uint32_t target, uint32_t slice)
@@ -378,14 +387,14 @@ static uint64_t time_cutting(const struct shape *s, struct cutting cutting, uint
     return time < limit - planes ? time + planes : UINT64_MAX;
 }
 
-/* How to cut a sequence. */
-static struct cutting choose_cutting(const struct shape *s, uint32_t graph_rows, uint32_t workers,
-                                     uint32_t max_slices)
+/* How to cut a sequence, where that ends before c->time. */
+static void choose_cutting(struct choice *c, uint32_t graph_rows, uint32_t workers,
+                           uint32_t max_slices)
 {
+    const struct shape *s = &c->shape;
     struct tile last = tile_at(s, s->tiles - 1);
     uint32_t longest = max_u32(last.history_steps, 1), copies = graph_rows / s->rows;
     struct cutting best = {longest, false};
-    uint64_t best_time = UINT64_MAX;
     /* Slices of the portable path begin at multiples of its key step. */
     uint32_t ways =
         s->unit_items == 2 && max_slices >= PARTED_SLICES && s->history > 0 && last.end > s->history
@@ -393,18 +402,43 @@ static struct cutting choose_cutting(const struct shape *s, uint32_t graph_rows,
             : 1;
     for (uint32_t way = 0; way < ways; way++) {
         uint32_t least = divide_up(longest, max_slices - way);
-        bool hopeless = longest == least && ways == 1; /* nothing to choose */
+        bool hopeless = max_slices == 1; /* nothing to choose */
         /* With slices of its own for the rest, much longer ones than without are no gain. */
         uint32_t from = min_u32(best.target + 1, longest);
+        /* A slice alone must not take that long. */
+        if (c->time / (2 * HALF_STEP_TICKS) < from)
+            from = max_u32((uint32_t)(c->time / (2 * HALF_STEP_TICKS)), least);
         for (uint32_t target = from; target >= least && !hopeless;
              target -= 1 + (target - 1) / FINE_STEPS) {
             struct cutting cutting = {target, way == 1};
-            uint64_t time = time_cutting(s, cutting, copies, workers, best_time, &hopeless);
-            best = time < best_time ? cutting : best;
-            best_time = time < best_time ? time : best_time;
+            uint64_t time = time_cutting(s, cutting, copies, workers, c->time, &hopeless);
+            best = time < c->time ? cutting : best;
+            c->time = time < c->time ? time : c->time;
         }
     }
-    return best;
+    c->cutting = best;
+}
+
+/* A shape with tiles of so many rows. */
+static struct shape with_tiles(struct shape s, uint32_t tile_rows)
+{
+    s.halved = tile_rows != s.tile_rows;
+    s.tile_rows = tile_rows;
+    s.tiles = divide_up(s.rows, tile_rows);
+    return s;
+}
+
+/* How to cut a sequence whose tiles may be halved, or may not. */
+static struct choice choose(const struct shape *s, bool halves, uint32_t graph_rows,
+                            uint32_t workers, uint32_t max_slices)
+{
+    struct choice whole = {.shape = *s, .time = UINT64_MAX};
+    choose_cutting(&whole, graph_rows, workers, max_slices);
+    if (!halves)
+        return whole;
+    struct choice half = {.shape = with_tiles(*s, s->tile_rows / 2), .time = whole.time};
+    choose_cutting(&half, graph_rows, workers, max_slices);
+    return half.time < whole.time ? half : whole;
 }
 
 /* ---- the list ---- */
@@ -520,29 +554,32 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
                    uint32_t capacity, uint8_t *row_slices)
 {
     uint32_t workers = hstu_workers(path->unit_items, sm_count);
-    assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1 && workers <= MAX_WORKERS);
     uint32_t tile_rows = path->tile_rows(geometry->head_dim);
-    struct cutting cuttings[SKV_MAX_BATCH] = {{0}};
-    struct shape shapes[SKV_MAX_BATCH];
+    assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1 && workers <= MAX_WORKERS);
+    struct choice choices[SKV_MAX_BATCH];
+    struct shape before = {.rows = 0};
     struct lengths l = {.longest = 0};
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
         uint32_t own_rows = s->history - s->cached + s->targets;
-        shapes[b] = (struct shape){.cached = s->cached,
-                                   .history = s->history,
-                                   .rows = own_rows,
-                                   .tiles = divide_up(own_rows, tile_rows),
-                                   .tile_rows = tile_rows,
-                                   .key_step = path->key_step,
-                                   .unit_items = path->unit_items,
-                                   .group = group,
-                                   .heads = geometry->heads};
+        const struct shape whole = with_tiles((struct shape){.cached = s->cached,
+                                                             .history = s->history,
+                                                             .rows = own_rows,
+                                                             .tile_rows = tile_rows,
+                                                             .key_step = path->key_step,
+                                                             .unit_items = path->unit_items,
+                                                             .group = group,
+                                                             .heads = geometry->heads},
+                                              tile_rows);
         /* Identical shapes, the usual case in a benchmark, are planned once. */
-        if (b > 0 && memcmp(&shapes[b], &shapes[b - 1], sizeof shapes[b]) == 0)
-            cuttings[b] = cuttings[b - 1];
-        else if (shapes[b].rows)
-            cuttings[b] = choose_cutting(&shapes[b], rows, workers, max_slices);
-        count_sequence(&shapes[b], cuttings[b], geometry->heads, &l);
+        if (b > 0 && memcmp(&whole, &before, sizeof whole) == 0)
+            choices[b] = choices[b - 1];
+        else if (own_rows)
+            choices[b] = choose(&whole, rows <= path->halved_rows, rows, workers, max_slices);
+        else
+            choices[b] = (struct choice){.shape = whole};
+        before = whole;
+        count_sequence(&choices[b].shape, choices[b].cutting, geometry->heads, &l);
     }
     count_last_single(&l);
 
@@ -555,10 +592,10 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
     if (units * path->unit_items > capacity)
         return 0;
     for (uint32_t b = 0; b < count; b++) {
-        struct place at = {&shapes[b], b, row, page};
-        assert(row + shapes[b].rows <= rows);
-        put_sequence(&at, cuttings[b], &to, row_slices + row);
-        row += shapes[b].rows;
+        struct place at = {&choices[b].shape, b, row, page};
+        assert(row + choices[b].shape.rows <= rows);
+        put_sequence(&at, choices[b].cutting, &to, row_slices + row);
+        row += choices[b].shape.rows;
         page += hstu_pages_listed(&sequences[b], geometry->page_tokens);
     }
     put_last_single(&to);

@@ -174,18 +174,24 @@ __global__ void __launch_bounds__(ACTIVATE_THREADS)
     }
 }
 
-/* ---- gate: one block a row, or one warp ---- */
+/* ---- gate: THREADS threads a row, x of the block; its y are rows ---- */
 
-/* The sum over the block; every thread gets it. `shared` [32] may be used again right after. */
-template <int THREADS> __device__ __forceinline__ float block_sum(float x, float *shared)
+template <int THREADS> __device__ __forceinline__ void sync_row()
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.y), "n"(THREADS) : "memory");
+}
+
+/* The sum over a row's threads; each gets it. `shared` [32] may be used again right after. */
+template <int THREADS> __device__ __forceinline__ float row_sum(float x, float *shared)
 {
     x = warp_sum(x);
     if (THREADS == 32)
         return x;
-    __syncthreads();
+    shared += threadIdx.y * (THREADS / 32);
+    sync_row<THREADS>();
     if (threadIdx.x % 32 == 0)
         shared[threadIdx.x / 32] = x;
-    __syncthreads();
+    sync_row<THREADS>();
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < THREADS / 32; i++)
@@ -261,13 +267,14 @@ template <int THREADS, int CHUNKS> struct share {
 };
 
 constexpr int GATE_WARPS = 4; /* rows of a block, where a warp has a row */
-/* Up to so many rows one wave of blocks of a row each does all: five blocks a multiprocessor, with
- * room for eight slices in flight, or eight. */
-constexpr uint32_t FEW_ROWS = 660, SOME_ROWS = 1056;
+/* Up to so many rows a multiprocessor one block there does all, whichever comes free first: with
+ * room for eight slices in flight, or four. */
+constexpr int FEW_ROWS = 5, SOME_ROWS = 8;
 
-/* N: slices in flight; BLOCKS: a multiprocessor, which bounds the registers for them. */
-template <int THREADS, int CHUNKS, int N, int BLOCKS>
-__global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, BLOCKS)
+/* N: slices in flight; ROWS: of a block, at most; BLOCKS: a multiprocessor, which bounds the
+ * registers. */
+template <int THREADS, int CHUNKS, int N, int ROWS, int BLOCKS>
+__global__ void __launch_bounds__(THREADS *ROWS, BLOCKS)
     gate_kernel(const __grid_constant__ hstu_gate_args a)
 {
     __shared__ float shared[32];
@@ -305,7 +312,7 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, BLO
             sum += e[i].v[k];
         }
     }
-    const float mean = block_sum<THREADS>(sum, shared) / a.columns;
+    const float mean = row_sum<THREADS>(sum, shared) / a.columns;
     float square = 0.0f;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
@@ -316,7 +323,7 @@ __global__ void __launch_bounds__(THREADS == 32 ? 32 * GATE_WARPS : THREADS, BLO
             square += in ? d * d : 0.0f;
         }
     }
-    const float scale = rsqrtf(block_sum<THREADS>(square, shared) / a.columns + a.eps);
+    const float scale = rsqrtf(row_sum<THREADS>(square, shared) / a.columns + a.eps);
     uint4 *y = static_cast<uint4 *>(a.y) + (uint64_t)row * chunks;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
@@ -392,15 +399,22 @@ int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream)
 {
     const uint32_t chunks = args->columns / 8;
-    /* A warp a row waits for no other; a block a row has more of the row in flight. */
-    if (chunks <= 32 || (chunks <= 128 && args->rows > SOME_ROWS))
-        return launch(chunks <= 32 ? gate_kernel<32, 1, 8, 5> : gate_kernel<32, 4, 1, 4>,
-                      (args->rows + GATE_WARPS - 1) / GATE_WARPS, dim3(32, GATE_WARPS), *args,
-                      args->early, stream);
-    auto kernel = args->rows <= FEW_ROWS ? gate_kernel<128, 1, 8, 5> : gate_kernel<128, 1, 4, 8>;
-    if (chunks > 128)
-        kernel = chunks <= 256   ? gate_kernel<256, 1, 4, 4>
-                 : chunks <= 512 ? gate_kernel<256, 2, 4, 4>
-                                 : gate_kernel<256, 8, 1, 1>;
-    return launch(kernel, args->rows, dim3(chunks <= 128 ? 128 : 256), *args, args->early, stream);
+    /* Rows for every multiprocessor. */
+    const uint32_t share = (args->rows + args->sm_count - 1) / args->sm_count;
+    auto kernel = share <= FEW_ROWS ? gate_kernel<128, 1, 8, FEW_ROWS, 1>
+                                    : gate_kernel<128, 1, 4, SOME_ROWS, 1>;
+    dim3 threads(128, share);
+    /* A warp a row waits for no other; more threads a row have more of it in flight. */
+    if (chunks <= 32 || (chunks <= 128 && share > SOME_ROWS)) {
+        kernel = chunks <= 32 ? gate_kernel<32, 1, 8, GATE_WARPS, 5>
+                              : gate_kernel<32, 4, 1, GATE_WARPS, 4>;
+        threads = dim3(32, GATE_WARPS);
+    } else if (chunks > 128) {
+        kernel = chunks <= 256   ? gate_kernel<256, 1, 4, 1, 4>
+                 : chunks <= 512 ? gate_kernel<256, 2, 4, 1, 4>
+                                 : gate_kernel<256, 8, 1, 1, 1>;
+        threads = dim3(256);
+    }
+    return launch(kernel, (args->rows + threads.y - 1) / threads.y, threads, *args, args->early,
+                  stream);
 }

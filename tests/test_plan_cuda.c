@@ -25,6 +25,8 @@ static const struct hstu_attention_path small_tiles = {
     .tile_rows = rows_64, .key_step = 64, .unit_items = 1};
 static const struct hstu_attention_path large_tiles = {
     .tile_rows = rows_128, .key_step = 128, .unit_items = 2};
+static const struct hstu_attention_path halved_tiles = {
+    .tile_rows = rows_128, .key_step = 128, .unit_items = 2, .halved_rows = 2048};
 static struct skv_geometry geometry = {.layers = 1, .heads = 4, .head_dim = 256, .page_tokens = 32};
 
 enum { ROOM = 1 << 16, SMS = 132, PAIRS = SMS / 2, GROUP = 1 };
@@ -88,9 +90,9 @@ static uint32_t length_of(struct tiles t)
 /* Are two items neighbours that see the same keys? */
 static bool join(const struct hstu_work *a, const struct hstu_work *b)
 {
-    return a->rows == 128 && b->rows > 0 && a->sequence == b->sequence && a->head == b->head &&
-           b->row0 == a->row0 + 128 && a->key0 == b->key0 &&
-           (a->key1 == b->key1 || (a->key1 < b->key1 && a->key1 == a->cached + a->row0 + 128));
+    return (a->rows == 128 || a->rows == 64) && b->rows > 0 && a->sequence == b->sequence &&
+           a->head == b->head && b->row0 == a->row0 + a->rows && a->key0 == b->key0 &&
+           (a->key1 == b->key1 || (a->key1 < b->key1 && a->key1 == a->cached + a->row0 + a->rows));
 }
 
 /* The length of the unit of two items that begins at w. They share their tiles, as joins() there
@@ -101,11 +103,22 @@ static uint32_t unit_length(const struct hstu_work *w)
     if (w[1].rows)
         lower = cut(w + 1, w[1].rows, w[1].key1, 128);
     if (join(w, w + 1)) {
-        struct tiles both = cut(w, 128 + w[1].rows, w[1].key1, 128);
+        struct tiles both = cut(w, w->rows + w[1].rows, w[1].key1, 128);
         if (upper.own == 0 || (both.own - lower.own) * 8 <= lower.history)
             return length_of(both);
     }
     return most(length_of(upper), length_of(lower));
+}
+
+/* The path's, or half of them, where no item of the sequence has more and the graph may. */
+static uint32_t tile_rows_of(const struct hstu_attention_path *path, uint32_t items,
+                             uint32_t sequence)
+{
+    uint32_t whole = path->tile_rows(256), largest = 0;
+    for (uint32_t i = 0; i < items; i++)
+        if (work[i].sequence == sequence)
+            largest = most(largest, work[i].rows);
+    return path->halved_rows && largest <= whole / 2 ? whole / 2 : whole;
 }
 
 /* Every (row, head) has its slices exactly once, and they partition [0, row's tile end). */
@@ -132,8 +145,9 @@ static void check_cover(const struct hstu_attention_path *path,
             continue;
         }
         covered += w->rows;
-        cr_assert(w->rows >= 1 && w->rows <= path->tile_rows(256));
-        cr_assert_eq(w->row0 % path->tile_rows(256), 0);
+        uint32_t tile_rows = tile_rows_of(path, items, w->sequence);
+        cr_assert(w->rows >= 1 && w->rows <= tile_rows);
+        cr_assert_eq(w->row0 % tile_rows, 0);
         cr_assert_leq(w->row0 + w->rows, rows_of(s));
         cr_assert(w->key0 < w->key1 && w->key1 <= end);
         cr_assert(w->key0 % path->key_step == 0 ||
@@ -174,6 +188,7 @@ Test(plan, items_cover_every_row_and_key_once)
         for (geometry.heads = 1; geometry.heads <= 4; geometry.heads++) {
             check_cover(&small_tiles, batches[i], count, (rows + 63) / 64 * 64);
             check_cover(&large_tiles, batches[i], count, (rows + 63) / 64 * 64);
+            check_cover(&halved_tiles, batches[i], count, (rows + 63) / 64 * 64);
         }
     }
 }
@@ -197,6 +212,26 @@ Test(plan, a_small_batch_has_short_units)
     }
 }
 
+Test(plan, a_small_batch_of_short_histories_has_halved_tiles)
+{
+    static const uint32_t ends[] = {128, 256, 1024};
+    for (uint32_t i = 0; i < sizeof ends / sizeof *ends; i++) {
+        struct hstu_sequence s = sequence(ends[i], ends[i] - 128, 256);
+        check_cover(&halved_tiles, &s, 1, 384);
+        uint32_t items = plan(&halved_tiles, &s, 1, 384), rows[2] = {0};
+        for (uint32_t k = 0; k < items; k++)
+            rows[work[k].row0 / 64 % 2] += work[k].rows;
+        cr_assert_gt(rows[1], 0);
+        cr_assert_leq(items, hstu_plan_capacity(&halved_tiles, &geometry, 384, 1));
+        cr_assert_gt(plan(&large_tiles, &s, 1, 384), 0);
+        cr_assert_geq(items, SMS / 4, "%u: too few blocks work", ends[i]);
+    }
+    struct hstu_sequence s = sequence(4096, 0, 256); /* a graph too large for them */
+    uint32_t items = plan(&halved_tiles, &s, 1, 4352);
+    for (uint32_t k = 0; k < items; k++)
+        cr_assert_eq(work[k].row0 % 128, 0);
+}
+
 Test(plan, many_rows_of_a_short_history_have_one_slice)
 {
     struct hstu_sequence s[8];
@@ -217,6 +252,13 @@ Test(plan, longest_units_come_first)
         before = now;
     }
     items = plan(&large_tiles, s, 2, 5120);
+    before = UINT32_MAX;
+    for (uint32_t i = 0; i < items; i += 2) {
+        uint32_t now = unit_length(&work[i]);
+        cr_assert_leq(now, before);
+        before = now;
+    }
+    items = plan(&halved_tiles, s + 1, 1, 384);
     before = UINT32_MAX;
     for (uint32_t i = 0; i < items; i += 2) {
         uint32_t now = unit_length(&work[i]);
@@ -312,13 +354,14 @@ static uint32_t items_of_first(const struct hstu_attention_path *path,
 
 Test(plan, batch_mates_change_nothing)
 {
-    static const struct hstu_attention_path *const paths[] = {&small_tiles, &large_tiles};
+    static const struct hstu_attention_path *const paths[] = {&small_tiles, &large_tiles,
+                                                              &halved_tiles};
     static struct hstu_work with_a[ROOM], with_b[ROOM];
     struct hstu_sequence a[3] = {sequence(2000, 1700, 100), sequence(64, 0, 64),
                                  sequence(500, 100, 7)};
     struct hstu_sequence b[3] = {sequence(2000, 1700, 100), sequence(4000, 3600, 30),
                                  sequence(3, 0, 0)};
-    for (uint32_t i = 0; i < 2; i++)
+    for (uint32_t i = 0; i < 3; i++)
         for (geometry.heads = 1; geometry.heads <= 4; geometry.heads++) {
             uint32_t items = items_of_first(paths[i], a, 3, with_a);
             cr_assert_eq(items_of_first(paths[i], b, 3, with_b), items);
