@@ -319,12 +319,12 @@ static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
     int status = SKV_OK;
     if (gated)
         status = enqueue_gates(c);
-    if (status == SKV_OK && block)
+    if (status == SKV_OK && !block)
+        status = enqueue_pull(c, rows);
+    else if (status == SKV_OK && c->path->unit_items == 1)
         status = hstu_cuda_check(
             cudaMemsetAsync(c->arena.counts->next, 0, sizeof c->arena.counts->next, c->stream),
             "resetting the counters");
-    else if (status == SKV_OK)
-        status = enqueue_pull(c, rows);
     if (status == SKV_OK)
         status = enqueue_prepare(c, rows);
     for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++)

@@ -467,6 +467,30 @@ Test(layers_cuda, a_gated_pass_waits_for_gates_opened_by_a_stream_write)
     check_gates(true);
 }
 
+Test(layers_cuda, a_gated_pass_whose_gates_are_open_has_no_graph_of_its_own)
+{
+    NEED_GPU();
+    struct rig *r = rig_open(small_model(64, 32), NULL);
+    struct hstu_sequence s = sequence(r, 0, 150, 96, 10, true);
+    struct hstu_footprint footprint;
+    prefill(r, &s);
+    r->gates[0] = r->gates[1] = 1;
+    cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, true), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 10000), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, false), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 10000), SKV_OK);
+    hstu_backend_cuda.footprint(r->runner, &footprint);
+    cr_expect_eq(footprint.graphs, 1);
+    r->gates[1] = 0; /* the last one alone: it waits */
+    cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, true), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 30), SKV_ETIMEDOUT);
+    skv_gate_store(&r->gates[1], 1);
+    cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 10000), SKV_OK);
+    hstu_backend_cuda.footprint(r->runner, &footprint);
+    cr_expect_eq(footprint.graphs, 2);
+    rig_close(r);
+}
+
 /* ---- large shapes, against the plain CUDA reference ---- */
 
 Test(layers_cuda, the_cuda_reference_equals_the_c_reference)
