@@ -148,6 +148,7 @@ static void check_cover(const struct hstu_attention_path *path,
         uint32_t tile_rows = tile_rows_of(path, items, w->sequence);
         cr_assert(w->rows >= 1 && w->rows <= tile_rows);
         cr_assert_eq(w->row0 % tile_rows, 0);
+        cr_assert(w->history == s->history && w->cached == s->cached);
         cr_assert_leq(w->row0 + w->rows, rows_of(s));
         cr_assert(w->key0 < w->key1 && w->key1 <= end);
         cr_assert(w->key0 % path->key_step == 0 ||
@@ -178,6 +179,13 @@ Test(plan, items_cover_every_row_and_key_once)
          {.history = 1111, .cached = 1111, .targets = 37},
          {.history = 65, .cached = 64, .targets = 1111}},
         {{.history = 1}, {.targets = 1}, {.history = 1, .cached = 1}, {.history = 64}},
+        /* One twice with an empty one between, then as many rows of another history. */
+        {{.history = 500, .cached = 400, .targets = 100},
+         {.history = 700, .cached = 700},
+         {.history = 500, .cached = 400, .targets = 100},
+         {.history = 420, .cached = 400, .targets = 180}},
+        /* Whole tiles beside halved ones, where there are some. */
+        {{.history = 4096, .cached = 3968, .targets = 256}, {.history = 128, .targets = 256}},
     };
     for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
         uint32_t rows = 0, count = 0;
@@ -226,10 +234,18 @@ Test(plan, a_small_batch_of_short_histories_has_halved_tiles)
         cr_assert_gt(plan(&large_tiles, &s, 1, 384), 0);
         cr_assert_geq(items, SMS / 4, "%u: too few blocks work", ends[i]);
     }
-    struct hstu_sequence s = sequence(4096, 0, 256); /* a graph too large for them */
-    uint32_t items = plan(&halved_tiles, &s, 1, 4352);
-    for (uint32_t k = 0; k < items; k++)
-        cr_assert_eq(work[k].row0 % 128, 0);
+}
+
+Test(plan, tiles_are_halved_up_to_the_paths_rows)
+{
+    struct hstu_sequence s = sequence(256, 128, 256);
+    for (uint32_t rows = 2048; rows <= 2176; rows += 128) {
+        uint32_t items = plan(&halved_tiles, &s, 1, rows), halved = 0;
+        cr_assert_gt(items, 0);
+        for (uint32_t k = 0; k < items; k++)
+            halved += work[k].row0 % 128 == 64;
+        cr_assert_eq(halved > 0, rows == 2048);
+    }
 }
 
 Test(plan, many_rows_of_a_short_history_have_one_slice)
@@ -390,6 +406,21 @@ Test(plan, random_batches_fit_the_capacity)
         cr_assert_gt(items, 0);
         cr_assert_leq(items, hstu_plan_capacity(path, &geometry, rows, count));
     }
+}
+
+/* A head alone, whose few rows are cut as often as they may be. */
+Test(plan, halved_tiles_fit_the_capacity)
+{
+    geometry.heads = 1;
+    for (uint32_t rows = 256; rows <= 512; rows += 64) {
+        struct hstu_sequence s = sequence(4096, 4352 - rows, 256);
+        uint32_t items = plan(&halved_tiles, &s, 1, rows);
+        cr_assert_gt(items, 0);
+        cr_assert_leq(items, hstu_plan_capacity(&halved_tiles, &geometry, rows, 1));
+    }
+    /* The largest graph that may have them: every tile in as many slices as there are planes. */
+    cr_assert_geq(hstu_plan_capacity(&halved_tiles, &geometry, 2048, 1),
+                  2048 / 64 * hstu_plan_slices(2048));
 }
 
 Test(plan, too_small_a_room_is_refused)
