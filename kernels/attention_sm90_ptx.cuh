@@ -84,8 +84,9 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank)
     return there;
 }
 
-/* On a barrier of either block. What it releases are wgmma's reads, complete by then, so the
- * default order does; .release.cluster is a fence that costs some 300 cycles each time. */
+/* On a barrier of either block. What it releases are wgmma's accesses, complete by then, or
+ * ordinary ones that async_proxy_fence() has ended, so the default order does; .release.cluster is
+ * a fence that costs some 300 cycles each time. */
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier)
 {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");

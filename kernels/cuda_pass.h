@@ -73,7 +73,8 @@ struct hstu_device_batch {
  * attention_sm90_item.cuh). hstu_launch_prepare() makes them. */
 struct hstu_units_args {
     struct hstu_device_batch batch;
-    uint32_t page_tokens, rows, group;
+    uint32_t page_tokens, rows;
+    uint32_t group;   /* g, or INT32_MAX: no sequence has more candidates */
     uint32_t workers; /* pairs of blocks: each finds a unit, an empty one where the list is short */
     bool rounded;     /* as in struct hstu_attention_args */
     void *units;      /* out, hstu_units_bytes(); NULL: none are needed */
@@ -140,9 +141,15 @@ struct hstu_attention_path {
 static inline struct hstu_units_args hstu_units_of(const struct hstu_attention_args *args,
                                                    void *units)
 {
-    return (struct hstu_units_args){args->batch, args->geometry.page_tokens,      args->rows,
-                                    args->group, hstu_workers(2, args->sm_count), args->rounded,
-                                    units};
+    return (struct hstu_units_args){
+        .batch = args->batch,
+        .page_tokens = args->geometry.page_tokens,
+        .rows = args->rows,
+        .group = args->group < INT32_MAX ? args->group : INT32_MAX,
+        .workers = hstu_workers(2, args->sm_count),
+        .rounded = args->rounded,
+        .units = units,
+    };
 }
 
 /* args.rounded for a graph of so many planes. */

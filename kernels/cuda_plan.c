@@ -157,10 +157,12 @@ static void neighbours_at(const struct shape *s, uint32_t index, struct cutting 
     n->lower_own = cutting.apart && n->lower.end > s->history;
 }
 
-/* Key tiles of the own groups of candidates among rows [first, end), if there are any. */
+/* Key tiles of the own groups of candidates among rows [first, end), if there are any; groups'
+ * begin at sixteens of keys (cut() in attention_sm90_item.cuh). */
 static uint32_t own_steps(const struct shape *s, uint32_t first, uint32_t end)
 {
     uint32_t from = first > s->history ? (first - s->history) / s->group * s->group : 0;
+    from -= s->group > 1 ? from % 16 : 0;
     return end > s->history ? divide_up(end - s->history - from, s->key_step) : 0;
 }
 
@@ -192,7 +194,7 @@ static uint32_t unit_length(const struct shape *s, const struct neighbours *n,
             own = max_u32(alone, own_steps(s, upper->first, upper->end));
     }
     /* Of its own keys' tile a warpgroup multiplies half, where the groups are small. */
-    own *= s->group * 2 <= s->key_step ? 1 : 2;
+    own *= s->group <= s->key_step / 2 ? 1 : 2;
     /* A halved tile's steps take as long as a whole one's, what is around them half a step less. */
     return min_u32(max_u32(shared * 2 + own, 1 + s->halved) - s->halved, LENGTHS - 1);
 }

@@ -423,6 +423,13 @@ Test(plan, halved_tiles_fit_the_capacity)
                   2048 / 64 * hstu_plan_slices(2048));
 }
 
+/* The kernels count signed. */
+Test(plan, a_group_beyond_all_candidates_is_one_group)
+{
+    const struct hstu_attention_args args = {.group = UINT32_MAX, .sm_count = SMS};
+    cr_assert_eq(hstu_units_of(&args, NULL).group, INT32_MAX);
+}
+
 Test(plan, too_small_a_room_is_refused)
 {
     struct hstu_sequence s = sequence(128, 0, 0);
