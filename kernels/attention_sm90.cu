@@ -29,6 +29,7 @@
 
 #include <cuda_runtime.h>
 
+#include "mma.cuh"
 #include "tensor_map.cuh"
 
 using namespace sm90;
@@ -135,8 +136,8 @@ template <int D> struct producer {
     {
         if (waited)
             return;
-        dependency_wait();
-        dependency_trigger(); /* the gate's blocks come where ours have gone */
+        mma::dependency_wait();
+        mma::dependency_trigger(); /* the gate's blocks come where ours have gone */
         waited = true;
     }
 

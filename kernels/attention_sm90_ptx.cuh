@@ -121,18 +121,6 @@ template <uint32_t Registers> __device__ __forceinline__ void registers_shrink()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-/* With programmatic dependent launch: nothing of the kernel before may be read, and nothing that it
- * reads may be written, above this line. A no-op in an ordinary launch. */
-__device__ __forceinline__ void dependency_wait()
-{
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-__device__ __forceinline__ void dependency_trigger()
-{
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 /* How soon the L2 drops what a load brings when others need the room, as createpolicy makes it.
  * (Made on the device it cost 4 to 12 % of the block.) */
 constexpr uint64_t L2_USUAL = UINT64_C(0x1000000000000000);

@@ -169,8 +169,8 @@ __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *
             next.load_b(&p.b, step, column0, tiles.rank(), p.b_policy);
         }
         if (first) {
-            sm90::dependency_wait();
-            sm90::dependency_trigger(); /* all that the next one relies on has ended */
+            mma::dependency_wait();
+            mma::dependency_trigger(); /* all that the next one relies on has ended */
         }
         first = false;
 #pragma unroll 1

@@ -188,7 +188,7 @@ template <typename S> struct consumer {
         const uint32_t steps = p.k / S::DEPTH;
         uint32_t row0, column0;
         float d[S::COLUMNS / 2];
-        sm90::dependency_wait(); /* nothing of ours is written before */
+        mma::dependency_wait(); /* nothing of ours is written before */
         while (tiles.take(&row0, &column0)) {
             start(d);
 #pragma unroll 1

@@ -189,7 +189,7 @@ template <typename S> __device__ void note(const parameters &p, tile_notes<S> no
         for (uint32_t i = thread * 2; i < S::COLUMNS; i += NOTE_THREADS * 2)
             store_shared(notes.fold(i), __ldg(p.fold + (column0 + i) / 2));
         if (first)
-            sm90::dependency_wait();
+            mma::dependency_wait();
         for (uint32_t i = thread; i < S::ROWS && row0 + i < p.rows; i += NOTE_THREADS)
             store_shared(notes.norm(i), norm_of<BATCH>(p, row0 + i));
         sm90::barrier_arrive(notes.full());
@@ -272,7 +272,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     float d[S::COLUMNS / 2];
     uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4] = {}; /* [i][row]; normed, with bias, rounded */
     place last = {p.rows, 0, {UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}}; /* of no row yet */
-    sm90::dependency_wait();
+    mma::dependency_wait();
     for (;;) { /* in the end once without products: for the last tile's shadow */
         const uint32_t steps = tiles.take(&row0, &column0) ? p.k / S::DEPTH : 0;
         if (!S::SHADOW && steps == 0)
