@@ -123,11 +123,16 @@ uint32_t hstu_plan_slices(uint32_t rows)
     return planes < 1 ? 1 : min_u32(planes, MAX_SLICES);
 }
 
+static bool may_halve(const struct hstu_attention_path *path, uint32_t graph_rows)
+{
+    return graph_rows <= path->halved_rows;
+}
+
 uint32_t hstu_plan_capacity(const struct hstu_attention_path *path,
                             const struct skv_geometry *geometry, uint32_t rows, uint32_t batch)
 {
     uint32_t tile_rows = path->tile_rows(geometry->head_dim);
-    uint32_t tiles = divide_up(rows, rows <= path->halved_rows ? tile_rows / 2 : tile_rows) + batch;
+    uint32_t tiles = divide_up(rows, may_halve(path, rows) ? tile_rows / 2 : tile_rows) + batch;
     /* The last unit may lack an item. */
     return tiles * geometry->heads * hstu_plan_slices(rows) + path->unit_items - 1;
 }
@@ -421,12 +426,11 @@ static void choose_cutting(struct choice *c, uint32_t graph_rows, uint32_t worke
     c->cutting = best;
 }
 
-/* A shape with tiles of so many rows. */
-static struct shape with_tiles(struct shape s, uint32_t tile_rows)
+static struct shape halve(struct shape s)
 {
-    s.halved = tile_rows != s.tile_rows;
-    s.tile_rows = tile_rows;
-    s.tiles = divide_up(s.rows, tile_rows);
+    s.halved = 1;
+    s.tile_rows /= 2;
+    s.tiles = divide_up(s.rows, s.tile_rows);
     return s;
 }
 
@@ -438,7 +442,7 @@ static struct choice choose(const struct shape *s, bool halves, uint32_t graph_r
     choose_cutting(&whole, graph_rows, workers, max_slices);
     if (!halves)
         return whole;
-    struct choice half = {.shape = with_tiles(*s, s->tile_rows / 2), .time = whole.time};
+    struct choice half = {.shape = halve(*s), .time = whole.time};
     choose_cutting(&half, graph_rows, workers, max_slices);
     return half.time < whole.time ? half : whole;
 }
@@ -556,28 +560,28 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
                    uint32_t capacity, uint8_t *row_slices)
 {
     uint32_t workers = hstu_workers(path->unit_items, sm_count);
-    uint32_t tile_rows = path->tile_rows(geometry->head_dim);
     assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1 && workers <= MAX_WORKERS);
+    uint32_t tile_rows = path->tile_rows(geometry->head_dim);
     struct choice choices[SKV_MAX_BATCH];
     struct shape before = {.rows = 0};
     struct lengths l = {.longest = 0};
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
         uint32_t own_rows = s->history - s->cached + s->targets;
-        const struct shape whole = with_tiles((struct shape){.cached = s->cached,
-                                                             .history = s->history,
-                                                             .rows = own_rows,
-                                                             .tile_rows = tile_rows,
-                                                             .key_step = path->key_step,
-                                                             .unit_items = path->unit_items,
-                                                             .group = group,
-                                                             .heads = geometry->heads},
-                                              tile_rows);
+        const struct shape whole = {.cached = s->cached,
+                                    .history = s->history,
+                                    .rows = own_rows,
+                                    .tiles = divide_up(own_rows, tile_rows),
+                                    .tile_rows = tile_rows,
+                                    .key_step = path->key_step,
+                                    .unit_items = path->unit_items,
+                                    .group = group,
+                                    .heads = geometry->heads};
         /* Identical shapes, the usual case in a benchmark, are planned once. */
         if (b > 0 && memcmp(&whole, &before, sizeof whole) == 0)
             choices[b] = choices[b - 1];
         else if (own_rows)
-            choices[b] = choose(&whole, rows <= path->halved_rows, rows, workers, max_slices);
+            choices[b] = choose(&whole, may_halve(path, rows), rows, workers, max_slices);
         else
             choices[b] = (struct choice){.shape = whole};
         before = whole;

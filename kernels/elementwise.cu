@@ -399,13 +399,12 @@ int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream)
 {
     const uint32_t chunks = args->columns / 8;
-    /* Rows for every multiprocessor. */
-    const uint32_t share = (args->rows + args->sm_count - 1) / args->sm_count;
-    auto kernel = share <= FEW_ROWS ? gate_kernel<128, 1, 8, FEW_ROWS, 1>
-                                    : gate_kernel<128, 1, 4, SOME_ROWS, 1>;
-    dim3 threads(128, share);
+    const uint32_t rows_each = (args->rows + args->sm_count - 1) / args->sm_count;
+    auto kernel = rows_each <= FEW_ROWS ? gate_kernel<128, 1, 8, FEW_ROWS, 1>
+                                        : gate_kernel<128, 1, 4, SOME_ROWS, 1>;
+    dim3 threads(128, rows_each); /* one block a multiprocessor */
     /* A warp a row waits for no other; more threads a row have more of it in flight. */
-    if (chunks <= 32 || (chunks <= 128 && share > SOME_ROWS)) {
+    if (chunks <= 32 || (chunks <= 128 && rows_each > SOME_ROWS)) {
         kernel = chunks <= 32 ? gate_kernel<32, 1, 8, GATE_WARPS, 5>
                               : gate_kernel<32, 4, 1, GATE_WARPS, 4>;
         threads = dim3(32, GATE_WARPS);

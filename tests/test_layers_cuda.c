@@ -515,11 +515,11 @@ Test(layers_cuda, the_cuda_reference_equals_the_c_reference)
     rig_close(r);
 }
 
+enum { REPEATS = 8 };
+
 /* The same batch again, SIDEKV_TEST_REPEATS times or REPEATS, everything on the device but weights
  * and pages NaN before: the same bits as in x. What kernels hand over too early shows here, and
  * seldom: 16 bytes of 34,816 rows in every fourth pass, once. */
-enum { REPEATS = 8 };
-
 static void check_repeats(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t batch,
                           const float *x, uint64_t elements)
 {
