@@ -372,6 +372,8 @@ __device__ __forceinline__ void store_four(float *to, float a, float b, float c,
 }
 
 template <int D> struct consumer {
+    static constexpr int KV_SLOTS = config<D>::KV_SLOTS;
+
     const struct parameters &p;
     struct layout<D> at;
     struct turns turn;
@@ -386,23 +388,33 @@ template <int D> struct consumer {
     {
     }
 
-    /* One arrival a warp, in both blocks: each warp's wgmmas have finished when its own wait says
-     * so. */
-    __device__ __forceinline__ void release(const struct cursor<D> &from)
+    __device__ __forceinline__ void acquire(const struct cursor<D> &slot)
     {
-#pragma unroll
-        for (int i = 0; i < config<D>::KV_SLOTS; i++)
-            if (lane < 2)
-                barrier_arrive_cluster(empty + from.at(i).slot * sizeof(uint64_t));
+        barrier_wait(at.full(slot.slot), slot.parity);
     }
 
-    __device__ __forceinline__ void acquire(const struct cursor<D> &from)
+    /* One arrival a warp, in both blocks: each warp's wgmmas have finished when its own wait says
+     * so. */
+    __device__ __forceinline__ void release(const struct cursor<D> &slot)
     {
-#pragma unroll
-        for (int i = 0; i < config<D>::KV_SLOTS; i++) {
-            struct cursor<D> r = from.at(i);
-            barrier_wait(at.full(r.slot), r.parity);
+        if (lane < 2)
+            barrier_arrive_cluster(empty + slot.slot * sizeof(uint64_t));
+    }
+
+    /* Releases a tile's slots of K or V, each as soon as the wgmmas that read it have ended; if a
+     * commit a slot tells them apart. */
+    template <int Commits>
+    __device__ __forceinline__ void release_read(const struct cursor<D> &from)
+    {
+        static_assert(Commits == 1 || (Commits == 2 && KV_SLOTS == 2));
+        if (Commits == 2) {
+            wgmma_wait<1>();
+            release(from);
         }
+        wgmma_wait();
+#pragma unroll
+        for (int i = Commits - 1; i < KV_SLOTS; i++)
+            release(from.at(i));
     }
 
     /* Absolute position of the first of this warpgroup's rows, and how many it has. */
@@ -509,26 +521,30 @@ template <int D> struct consumer {
     __device__ __forceinline__ void step(float *o, const struct item *it, const struct tile &tile,
                                          int32_t valid, uint32_t half, bool last)
     {
-        constexpr int CHUNKS = config<D>::CHUNKS, V_KEYS = config<D>::V_KEYS;
-        struct cursor<D> k = ring, v = ring.at(config<D>::KV_SLOTS);
+        constexpr int PARTS = config<D>::PARTS, V_KEYS = config<D>::V_KEYS;
+        struct cursor<D> k = ring, v = ring.at(KV_SLOTS);
         float s[N / 2];
         acquire(k);
         turn.wait();
-        wgmma_fence();
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
-            uint32_t a = at.q + group * config<D>::Q_BYTES + c * 64 * ROW_BYTES;
-            uint32_t b = at.part(k, c) + half * HALF * ROW_BYTES;
+        for (int slot = 0; slot < KV_SLOTS; slot++) {
+            if (slot > 0)
+                acquire(k.at(slot));
+            wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                wgmma_shared<N>(s, descriptor_k_major(a + i * 32), descriptor_k_major(b + i * 32),
-                                c + i > 0);
+            for (int c = slot * PARTS; c < (slot + 1) * PARTS; c++) {
+                uint32_t a = at.q + group * config<D>::Q_BYTES + c * 64 * ROW_BYTES;
+                uint32_t b = at.part(k, c) + half * HALF * ROW_BYTES;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    wgmma_shared<N>(s, descriptor_k_major(a + i * 32),
+                                    descriptor_k_major(b + i * 32), c + i > 0);
+            }
+            wgmma_commit();
         }
-        wgmma_commit();
         turn.pass();
-        wgmma_wait();
+        release_read<KV_SLOTS>(k);
         pin<N / 2>(s);
-        release(k);
         if (last && lane == 0)
             barrier_arrive(shared_address(&at.control->q_empty[group]));
 
@@ -538,40 +554,45 @@ template <int D> struct consumer {
             mask = mask_of(it, tile, position(it) + warp * 16 + lane / 4);
         weigh<N, Masked>(weights, s, half, mask);
 
-        acquire(v);
+        /* All of V at once: ptxas has no registers to spare for a wait amid these products. */
+#pragma unroll
+        for (int slot = 0; slot < KV_SLOTS; slot++)
+            acquire(v.at(slot));
         int32_t begin = half * HALF, end = begin + N;
         if (Masked && valid < end)
             zero_v(v, max(valid, begin), end);
         turn.wait();
         wgmma_fence();
+        constexpr int COMMITS = N == KEYS ? KV_SLOTS : 1; /* half a tile is in one slot */
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
             uint32_t b = begin % V_KEYS * ROW_BYTES + i * 16 % V_KEYS * ROW_BYTES;
             b += at.part(v, begin / V_KEYS + i * 16 / V_KEYS);
             wgmma_registers<D>(o, weights + i * 4, descriptor_mn_major<V_KEYS * ROW_BYTES>(b));
+            if ((i + 1) % (N / 16 / COMMITS) == 0)
+                wgmma_commit();
         }
-        wgmma_commit();
         turn.pass();
-        wgmma_wait();
+        release_read<COMMITS>(v);
         pin<N / 4>(weights);
         pin<D / 2>(o);
-        release(v);
     }
 
     /* A tile that no row of ours sees: keep the turns and the ring going. */
     __device__ __forceinline__ void skip(bool last)
     {
-        struct cursor<D> k = ring, v = ring.at(config<D>::KV_SLOTS);
-        acquire(k);
-        turn.wait();
-        turn.pass();
-        release(k);
         if (last && lane == 0)
             barrier_arrive(shared_address(&at.control->q_empty[group]));
-        acquire(v);
-        turn.wait();
-        turn.pass();
-        release(v);
+#pragma unroll 1
+        for (int i = 0; i < 2 * KV_SLOTS; i++) {
+            const struct cursor<D> slot = ring.at(i);
+            acquire(slot);
+            if (i % KV_SLOTS == 0) { /* of K, of V */
+                turn.wait();
+                turn.pass();
+            }
+            release(slot);
+        }
     }
 
     __device__ __forceinline__ void run()
@@ -604,7 +625,7 @@ template <int D> struct consumer {
                     step<KEYS, true>(o, it, tile, view.valid, 0, last);
                 else
                     step<KEYS, false>(o, it, tile, view.valid, 0, last);
-                ring.advance(2 * config<D>::KV_SLOTS);
+                ring.advance(2 * KV_SLOTS);
             }
             store(o, it);
             __syncwarp();

@@ -195,10 +195,11 @@ __device__ __forceinline__ void wgmma_commit()
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-/* All wgmmas of this warp have read their operands and written their accumulators. */
-__device__ __forceinline__ void wgmma_wait()
+/* All wgmmas of this warp, but those of the last `Pending` commits, have read their operands and
+ * written their accumulators. */
+template <int Pending = 0> __device__ __forceinline__ void wgmma_wait()
 {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
 /* The compiler does not know that wgmma writes accumulators and reads register operands after its

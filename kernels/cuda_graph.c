@@ -199,7 +199,7 @@ static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
                                   .inverse_n = 1.0f / (float)c->model.scaling_length,
                                   .eps = c->model.eps,
                                   .rounded = is_rounded(c, rows),
-                                  .early = c->fused && rows <= EARLY_ROWS};
+                                  .early = c->fused};
     return hstu_launch_gate(&gate, c->stream);
 }
 

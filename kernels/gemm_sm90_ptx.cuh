@@ -8,11 +8,6 @@
 namespace
 {
 
-template <int Pending> __device__ __forceinline__ void wgmma_wait_but()
-{
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-}
-
 #define ACC8(i)                                                                                    \
     "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]),          \
         "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])

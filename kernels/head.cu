@@ -5,22 +5,12 @@
  * though the grid is the graph's. */
 #include "cuda_kernels.h"
 
-#include <cuda_runtime.h>
-
-#include "mma.cuh"
+#include "rows.cuh"
 
 namespace
 {
 
 constexpr int WARPS = 4;
-
-__device__ __forceinline__ float warp_sum(float x)
-{
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2)
-        x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
 
 /* Reads x once. */
 __global__ void __launch_bounds__(WARPS * 32) find_kernel(const __grid_constant__ hstu_head_args a)

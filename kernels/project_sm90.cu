@@ -24,14 +24,14 @@ struct projection : shape<Groups, Columns, Stages, Cluster> {
     static_assert(X_BYTES <= base::STAGE_BYTES && X_STEPS < Stages);
 };
 struct by_256 : projection<2, 256, 4, 2> {
-    static constexpr double START = 2.5, ROUND = 12.2;
+    static constexpr double START = 0.8, ROUND = 12;
 };
 template <int Groups, int Stages> struct by_128 : projection<Groups, 128, Stages, 1> {
-    static constexpr double START = 1.2;
-    static constexpr double ROUND = Groups == 3 ? 10 : 7;
+    static constexpr double START = Groups == 3 ? 0.1 : 2.3;
+    static constexpr double ROUND = Groups == 3 ? 10 : 5.95;
 };
 struct by_64 : projection<1, 64, 12, 1> {
-    static constexpr double START = 2, ROUND = 3.2;
+    static constexpr double START = 2.5, ROUND = 2.9;
 };
 
 /* Calls f with the shape of these tiles. */
@@ -134,7 +134,7 @@ template <typename S> struct consumer {
             multiply<S::COLUMNS>(d, sm90::descriptor_k_major(a + i * 32),
                                  sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), 1);
         sm90::wgmma_commit();
-        wgmma_wait_but<1>();
+        sm90::wgmma_wait<1>();
         release_last(any);
     }
 
@@ -194,7 +194,7 @@ template <typename S> struct consumer {
 #pragma unroll 1
             for (uint32_t step = 0; step < steps; step++)
                 multiply_step(d, step > 0);
-            wgmma_wait_but<0>();
+            sm90::wgmma_wait();
             sm90::pin<S::COLUMNS / 2>(d);
             ring.release(ring.before());
             end(d, row0, column0);

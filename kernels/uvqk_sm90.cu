@@ -19,12 +19,12 @@ namespace
 /* SHADOW: a tile is finished while the next one is multiplied. */
 struct by_256 : shape<2, 256, 4, 2> {
     static constexpr bool SHADOW = true;
-    static constexpr double START = 9.5, ROUND = 11.8;
+    static constexpr double START = 7.1, ROUND = 10;
 };
 template <int Groups, int Stages, bool Shadow> struct by_128 : shape<Groups, 128, Stages, 1> {
     static constexpr bool SHADOW = Shadow;
-    static constexpr double START = Groups == 3 ? 3.9 : 2.5;
-    static constexpr double ROUND = Groups == 4 ? 13.5 : Groups == 3 ? 9.6 : 7.7;
+    static constexpr double START = Groups == 3 ? 3.8 : 2.5;
+    static constexpr double ROUND = Groups == 4 ? 12.1 : Groups == 3 ? 8.8 : 6.8;
 };
 
 /* Calls f with the shape of these tiles. */
@@ -294,7 +294,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                         sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), step + i > 0);
                 sm90::wgmma_commit();
                 if (step > 0) { /* the stage before is read */
-                    wgmma_wait_but<1>();
+                    sm90::wgmma_wait<1>();
                     ring.release(ring.before());
                 }
                 ring.advance();
@@ -302,7 +302,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
             if (S::SHADOW)
                 finish(p, last, sums + piece * 4, piece, staging, warp);
         }
-        wgmma_wait_but<0>();
+        sm90::wgmma_wait();
         sm90::pin<S::COLUMNS / 2>(d);
         if (steps == 0)
             break;

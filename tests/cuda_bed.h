@@ -35,6 +35,21 @@ static inline void *on_device(const void *from, uint64_t bytes)
     return memory;
 }
 
+/* Random bf16. */
+static inline void *random_on_device(uint64_t count, uint64_t seed, float low, float high)
+{
+    void *memory = on_device(NULL, count * 2);
+    cr_assert_eq(cuda_fill_random(memory, count, seed, low, high), SKV_OK);
+    return memory;
+}
+
+static inline uint16_t *to_host(const void *from, uint64_t bytes)
+{
+    uint16_t *memory = malloc(bytes);
+    CUDA(cudaMemcpy(memory, from, bytes, cudaMemcpyDeviceToHost));
+    return memory;
+}
+
 static inline const struct hstu_attention_path *path_of_device(void)
 {
     int major = 0, minor = 0;

@@ -15,21 +15,6 @@
             cr_skip_test("not a Hopper GPU");                                                      \
     } while (0)
 
-/* Random bf16 on the device. */
-static void *random_on_device(uint64_t count, uint64_t seed, float low, float high)
-{
-    void *memory = on_device(NULL, count * 2);
-    cr_assert_eq(cuda_fill_random(memory, count, seed, low, high), SKV_OK);
-    return memory;
-}
-
-static uint16_t *to_host(const void *from, uint64_t bytes)
-{
-    uint16_t *memory = malloc(bytes);
-    CUDA(cudaMemcpy(memory, from, bytes, cudaMemcpyDeviceToHost));
-    return memory;
-}
-
 /* Close, and mostly the same bits: norms are rounded at other places. */
 static void check_close(const uint16_t *got, const uint16_t *want, uint64_t rows, uint64_t columns,
                         const char *what)
