@@ -42,12 +42,13 @@ template <typename F> auto with_shape(enum hstu_tiles tiles, F f)
     }
 }
 
-/* Where this layer's K and V lie in the pool: per page K of every head, then V, `bytes` a page. */
+/* Where this layer's K and V lie in the pool: per page K of every head, then V. */
 struct page_layout {
-    char *layer; /* in page 0 */
+    char *layer;    /* in page 0 */
+    uint64_t bytes; /* a page, all layers of it */
     uint64_t head_bytes;
-    uint32_t lines;                   /* of 128 bytes, a page: a row of a head takes one or more */
-    uint32_t heads, shift, dim_shift; /* log2 of a page's tokens, of the head dim */
+    uint32_t heads, shift;         /* log2 of a page's tokens */
+    uint32_t dim_shift, row_shift; /* log2 of the head dim, and of a row's bytes */
 };
 
 struct parameters {
@@ -196,8 +197,6 @@ template <typename S> __device__ void note(const parameters &p, tile_notes<S> no
     }
 }
 
-constexpr int LINE_SHIFT = 7;
-
 /* Where K or V of this column of m goes in page 0, slot 0; NULL for u and q. */
 __device__ __forceinline__ char *page_column(const parameters &p, uint32_t column)
 {
@@ -218,19 +217,29 @@ __device__ __forceinline__ uint32_t activate(uint32_t pair)
 /* A tile whose sums go to memory. */
 struct place {
     uint32_t row0, column0;
-    uint32_t line[4]; /* of the pool, for the rows that this lane stores; UINT32_MAX: nowhere */
+    uint32_t slot[4]; /* of the rows that this lane stores; UINT32_MAX: none */
 
-    __device__ __forceinline__ void ask_lines(const parameters &p, uint32_t warp)
+    __device__ __forceinline__ place(uint32_t nowhere)
+        : row0(nowhere), column0(0), slot{UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}
     {
+    }
+    __device__ __forceinline__ void set(const parameters &p, uint32_t row0_, uint32_t column0_,
+                                        uint32_t warp)
+    {
+        row0 = row0_;
+        column0 = column0_;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t row = stored_row(row0, warp, i);
-            const uint32_t slot = row < p.rows ? __ldg(p.slot + row) : UINT32_MAX;
-            const uint32_t page = slot >> p.pages.shift, at = slot - (page << p.pages.shift);
-            line[i] = slot == UINT32_MAX
-                          ? slot
-                          : page * p.pages.lines + ((at << p.pages.dim_shift) * 2 >> LINE_SHIFT);
+            slot[i] = row < p.rows ? __ldg(p.slot + row) : UINT32_MAX;
         }
+    }
+    /* Bytes from page 0's slot 0 to the i-th row's. Worked out where it is used: nothing waits for
+     * the slots before. */
+    __device__ __forceinline__ uint64_t page_row(const parameters &p, int i) const
+    {
+        const uint32_t page = slot[i] >> p.pages.shift, at = slot[i] - (page << p.pages.shift);
+        return page * p.pages.bytes + ((uint64_t)at << p.pages.row_shift);
     }
 };
 
@@ -253,9 +262,8 @@ __device__ __forceinline__ void finish(const parameters &p, const place &at, con
         return;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        if (at.line[i] != UINT32_MAX)
-            *reinterpret_cast<uint4 *>(page + ((uint64_t)at.line[i] << LINE_SHIFT)) =
-                staged(staging, i);
+        if (at.slot[i] != UINT32_MAX)
+            *reinterpret_cast<uint4 *>(page + at.page_row(p, i)) = staged(staging, i);
 }
 
 /* One consumer warpgroup. Of its tile a thread has, as wgmma lays sums out, rows lane / 4 and that
@@ -271,12 +279,15 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     uint32_t row0, column0;
     float d[S::COLUMNS / 2];
     uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4] = {}; /* [i][row]; normed, with bias, rounded */
-    place last = {p.rows, 0, {UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}}; /* of no row yet */
+    place last(p.rows);                                 /* of no row yet */
     mma::dependency_wait();
     for (;;) { /* in the end once without products: for the last tile's shadow */
         const uint32_t steps = tiles.take(&row0, &column0) ? p.k / S::DEPTH : 0;
-        if (!S::SHADOW && steps == 0)
-            break;
+        if (!S::SHADOW) {
+            if (steps == 0)
+                break;
+            last.set(p, row0, column0, warp);
+        }
         uint32_t step = 0;
 #pragma unroll
         for (int piece = 0; piece < (S::SHADOW ? S::PIECES : 1); piece++) {
@@ -306,15 +317,11 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
         sm90::pin<S::COLUMNS / 2>(d);
         if (steps == 0)
             break;
+        ring.release(ring.before());
         notes.wait_full();
         float2 norm[2];
         for (int i = 0; i < 2; i++)
             norm[i] = load_two(notes.norm(warp * 16 + lane / 4 + i * 8));
-        ring.release(ring.before());
-        last.row0 = row0;
-        last.column0 = column0;
-        if (!S::SHADOW)
-            last.ask_lines(p, warp);
 #pragma unroll
         for (int piece = 0; piece < S::PIECES; piece++) {
             uint32_t *word = S::SHADOW ? sums + piece * 4 : sums;
@@ -333,7 +340,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
         }
         notes.release();
         if (S::SHADOW)
-            last.ask_lines(p, warp);
+            last.set(p, row0, column0, warp);
     }
 }
 
@@ -375,12 +382,12 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.slot = args->slot;
     const skv_geometry &g = args->geometry;
     p.pages.head_bytes = (uint64_t)g.page_tokens * g.head_dim * 2;
-    const uint64_t lines = p.pages.head_bytes * g.heads * 2 * g.layers >> LINE_SHIFT;
-    p.pages.lines = (uint32_t)lines;
+    p.pages.bytes = p.pages.head_bytes * g.heads * 2 * g.layers;
     p.pages.layer = (char *)args->pool + args->layer * 2 * g.heads * p.pages.head_bytes;
     p.pages.heads = g.heads;
     p.pages.shift = __builtin_ctz(g.page_tokens);
     p.pages.dim_shift = __builtin_ctz(g.head_dim);
+    p.pages.row_shift = p.pages.dim_shift + 1;
     p.rows = args->rows;
     p.n = args->n;
     p.k = args->k;
