@@ -48,24 +48,35 @@ template <int Groups, int Columns, int Stages, int Cluster> struct shape {
 
 /* ---- tiles ---- */
 
-/* The tiles of a block: cluster c takes tiles c, c + clusters, ... of row blocks by columns. Only
- * the next one is kept: registers are scarce where tiles are taken. */
+/* From one tile of a block to the next: so many rows down, so many columns to the right. */
+struct tile_step {
+    uint32_t rows, columns;
+};
+
+/* The tiles of a block: cluster c takes tiles c, c + clusters, ... of row blocks by columns. The
+ * next one is found without a division, while the tensor cores wait. */
 template <typename S> struct schedule {
-    uint32_t rows, n, next; /* the first two are parameters of the kernel, and cost nothing */
-    __device__ __forceinline__ schedule(uint32_t rows_, uint32_t n_)
-        : rows(rows_), n(n_), next(blockIdx.x / S::CLUSTER)
+    const uint32_t rows, n; /* parameters of the kernel, like the step: they cost nothing */
+    const tile_step &step;
+    uint32_t row, column; /* the next tile's */
+    __device__ __forceinline__ schedule(uint32_t rows_, uint32_t n_, const tile_step &step_)
+        : rows(rows_), n(n_), step(step_)
     {
+        const uint32_t first = blockIdx.x / S::CLUSTER, columns = n / S::COLUMNS;
+        row = (first / columns * S::CLUSTER + rank()) * S::ROWS;
+        column = first % columns * S::COLUMNS;
     }
     __device__ __forceinline__ bool take(uint32_t *row0, uint32_t *column0)
     {
-        const uint32_t column_blocks = n / S::COLUMNS;
-        const uint32_t row_blocks = (rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER);
-        if (next >= row_blocks * column_blocks)
-            return false;
-        *row0 = (next / column_blocks * S::CLUSTER + rank()) * S::ROWS;
-        *column0 = next % column_blocks * S::COLUMNS;
-        next += gridDim.x / S::CLUSTER;
-        return true;
+        *row0 = row;
+        *column0 = column;
+        row += step.rows;
+        column += step.columns;
+        if (column >= n) {
+            column -= n;
+            row += S::ROWS * S::CLUSTER;
+        }
+        return *row0 - rank() * S::ROWS < rows; /* a cluster's blocks have as many tiles */
     }
     static __device__ __forceinline__ uint32_t rank()
     {
@@ -153,7 +164,7 @@ template <typename S, int Lead, typename Parameters, typename Start>
 __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *a,
                                         stage_ring<S> ring, Start start)
 {
-    schedule<S> tiles(p.rows, p.n);
+    schedule<S> tiles(p.rows, p.n, p.step);
     const uint32_t steps = p.k / S::DEPTH;
     uint32_t row0, column0;
     bool first = true;
@@ -304,10 +315,13 @@ enum hstu_tiles fastest_tiles(enum hstu_tiles first, enum hstu_tiles last, Cost 
 
 /* A block a multiprocessor at most. `early`: may start while the kernel before it ends. */
 template <typename S, typename Parameters>
-int launch_tiles(void (*kernel)(Parameters), const Parameters &p, uint32_t tiles, uint32_t sm_count,
-                 int shared, bool early, cudaStream_t stream)
+int launch_tiles(void (*kernel)(Parameters), Parameters p, uint32_t sm_count, int shared,
+                 bool early, cudaStream_t stream)
 {
-    uint32_t most = sm_count / S::CLUSTER * S::CLUSTER;
+    const uint32_t most = sm_count / S::CLUSTER * S::CLUSTER, tiles = tiles_of<S>(p.rows, p.n);
+    const uint32_t blocks = tiles < most ? tiles : most, columns = p.n / S::COLUMNS;
+    p.step.rows = blocks / S::CLUSTER / columns * S::CLUSTER * S::ROWS;
+    p.step.columns = blocks / S::CLUSTER % columns * S::COLUMNS;
     cudaLaunchAttribute attribute[2] = {};
     attribute[0].id = cudaLaunchAttributeClusterDimension;
     attribute[0].val.clusterDim.x = S::CLUSTER;
@@ -315,7 +329,7 @@ int launch_tiles(void (*kernel)(Parameters), const Parameters &p, uint32_t tiles
     attribute[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(tiles < most ? tiles : most);
+    config.gridDim = dim3(blocks);
     config.blockDim = dim3(S::THREADS);
     config.dynamicSmemBytes = shared;
     config.stream = stream;

@@ -53,6 +53,7 @@ struct parameters {
     CUtensorMap y, b, x, out; /* out is x too, in boxes of a warp's staging */
     hstu_moments *moments;
     uint32_t rows, n, k;
+    tile_step step;
     uint64_t b_policy;
 };
 
@@ -184,7 +185,7 @@ template <typename S> struct consumer {
 
     __device__ __forceinline__ void run()
     {
-        schedule<S> tiles(p.rows, p.n);
+        schedule<S> tiles(p.rows, p.n, p.step);
         const uint32_t steps = p.k / S::DEPTH;
         uint32_t row0, column0;
         float d[S::COLUMNS / 2];
@@ -244,8 +245,7 @@ template <typename S> int launch(const struct hstu_project_args *args, cudaStrea
     p.n = n;
     p.k = k;
     p.b_policy = args->spares_l2 ? sm90::L2_FIRST_OUT : sm90::L2_USUAL;
-    return launch_tiles<S>(project_kernel<S>, p, tiles_of<S>(rows, n), args->sm_count, S::SHARED,
-                           args->early, stream);
+    return launch_tiles<S>(project_kernel<S>, p, args->sm_count, S::SHARED, args->early, stream);
 }
 
 enum hstu_tiles choose(const struct hstu_project_args *args)

@@ -58,6 +58,7 @@ struct parameters {
     const uint32_t *slot;
     page_layout pages;
     uint32_t rows, n, k, parts;
+    tile_step step;
     uint64_t b_policy;
     float part_share, value_share; /* 1 / parts, 1 / k */
     float eps;
@@ -182,7 +183,7 @@ template <int Batch> __device__ __forceinline__ float2 norm_of(const parameters 
 template <typename S> __device__ void note(const parameters &p, tile_notes<S> notes)
 {
     constexpr int BATCH = 8;
-    schedule<S> tiles(p.rows, p.n);
+    schedule<S> tiles(p.rows, p.n, p.step);
     const uint32_t thread = threadIdx.x - 32;
     uint32_t row0, column0;
     for (bool first = true; tiles.take(&row0, &column0); first = false, notes.tile++) {
@@ -272,7 +273,7 @@ template <typename S>
 __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> notes,
                         uint32_t group)
 {
-    schedule<S> tiles(p.rows, p.n);
+    schedule<S> tiles(p.rows, p.n, p.step);
     const uint32_t thread = threadIdx.x % 128, lane = thread % 32;
     const uint32_t warp = group * 4 + thread / 32;
     const uint32_t staging = ring.shared + S::STAGING + warp * STAGING_BYTES;
@@ -396,8 +397,8 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.part_share = 1.0f / args->parts;
     p.value_share = 1.0f / args->k;
     p.eps = args->eps;
-    return launch_tiles<S>(uvqk_kernel<S>, p, tiles_of<S>(args->rows, args->n), args->sm_count,
-                           tile_notes<S>::SHARED, args->early, stream);
+    return launch_tiles<S>(uvqk_kernel<S>, p, args->sm_count, tile_notes<S>::SHARED, args->early,
+                           stream);
 }
 
 } // namespace
