@@ -290,29 +290,40 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
             last.set(p, row0, column0, warp);
         }
         uint32_t step = 0;
-#pragma unroll
-        for (int piece = 0; piece < (S::SHADOW ? S::PIECES : 1); piece++) {
-            const uint32_t until = S::SHADOW ? steps * (piece + 1) / S::PIECES : steps;
 #pragma unroll 1
-            for (; step < until; step++) {
-                sm90::barrier_wait(ring.full(ring.stage), ring.phase);
-                const uint32_t a = ring.at() + group * 64 * S::DEPTH * 2,
-                               b = ring.at() + S::A_BYTES;
-                sm90::wgmma_fence();
+        for (int chunk = 0; chunk < (S::SHADOW ? S::CHUNKS : 1); chunk++) {
 #pragma unroll
-                for (int i = 0; i < S::DEPTH / 16; i++)
-                    multiply<S::COLUMNS>(
-                        d, sm90::descriptor_k_major(a + i * 32),
-                        sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), step + i > 0);
-                sm90::wgmma_commit();
-                if (step > 0) { /* the stage before is read */
-                    sm90::wgmma_wait<1>();
-                    ring.release(ring.before());
+            for (int piece = 0; piece < (S::SHADOW ? 4 : 1); piece++) {
+                const uint32_t until =
+                    S::SHADOW ? steps * (chunk * 4 + piece + 1) / S::PIECES : steps;
+#pragma unroll 1
+                for (; step < until; step++) {
+                    sm90::barrier_wait(ring.full(ring.stage), ring.phase);
+                    const uint32_t a = ring.at() + group * 64 * S::DEPTH * 2,
+                                   b = ring.at() + S::A_BYTES;
+                    sm90::wgmma_fence();
+#pragma unroll
+                    for (int i = 0; i < S::DEPTH / 16; i++)
+                        multiply<S::COLUMNS>(
+                            d, sm90::descriptor_k_major(a + i * 32),
+                            sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128),
+                            step + i > 0);
+                    sm90::wgmma_commit();
+                    if (step > 0) { /* the stage before is read */
+                        sm90::wgmma_wait<1>();
+                        ring.release(ring.before());
+                    }
+                    ring.advance();
                 }
-                ring.advance();
+                if (S::SHADOW)
+                    finish(p, last, sums + piece * 4, piece, staging, warp);
             }
-            if (S::SHADOW)
-                finish(p, last, sums + piece * 4, piece, staging, warp);
+            if (S::SHADOW) { /* the next 64 columns, to where the loop's code looks for them */
+                last.column0 += 64;
+#pragma unroll
+                for (int i = 0; i < S::COLUMNS / 4 - 16; i++)
+                    sums[i] = sums[i + 16];
+            }
         }
         sm90::wgmma_wait();
         sm90::pin<S::COLUMNS / 2>(d);
