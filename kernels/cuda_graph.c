@@ -9,8 +9,8 @@
  *   pull -> prepare -> L x { [gate l] -> UVQK -> attention -> gate -> projection } -> head
  *
  * The waits form a branch of their own, which runs ahead while the layers compute. On Hopper a
- * kernel of one wave may start while the one before it ends (programmatic dependent launch): it
- * then waits, itself, for what that one writes. Every such kernel lets the next start only after
+ * kernel may start while the one before it ends (programmatic dependent launch): it then waits,
+ * itself, for what that one writes. Every such kernel lets the next start only after
  * its own wait, so what is older than the kernel before may be read at once. */
 #include "cuda_state.h"
 
@@ -40,8 +40,9 @@ uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index)
 
 /* ---- one pass, enqueued ---- */
 
-/* Starting a kernel before the last one has ended pays for grids of one wave: this many rows. */
-enum { EARLY_ROWS = 2048 };
+/* Up to so many rows UVQK gains more from an early start than y does: the next layer's gate goes
+ * before y. In a larger graph that would only be a wait too soon. */
+enum { GATE_AHEAD_ROWS = 2048 };
 
 /* Up to so many rows, a layer's activations stay in the L2 if weights, and what attention reads,
  * give way to them: 2 % on the mean up to 1,024 rows. In larger graphs that costs up to 7 %. */
@@ -242,9 +243,7 @@ static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t laye
                                   .eps = m->eps,
                                   .early = true,
                                   .spares_l2 = spares_l2};
-    /* In a small graph UVQK gains from an early start, y hardly: the next layer's gate goes before
-     * y. In a large one that would only be a wait too soon. */
-    const bool ahead = rows <= EARLY_ROWS, last = layer + 1 == m->geometry.layers;
+    const bool ahead = rows <= GATE_AHEAD_ROWS, last = layer + 1 == m->geometry.layers;
     int status = ahead && layer > 0 ? SKV_OK : enqueue_gate(c, layer, gated);
     if (status != SKV_OK || (status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
         (status = c->path->launch(&attention, c->stream)) != SKV_OK ||
