@@ -81,6 +81,8 @@ struct hstu_activate_args {
 };
 int hstu_launch_activate(const struct hstu_activate_args *args, void *stream);
 
+/* ---- the gate (gate.cu) ---- */
+
 /* y = u * LN(sum of slices / N; weight, bias, eps) over the whole HD row; fp32 until the one
  * rounding. u is the first part of m; partial fp32 [slices][rows][HD]. */
 struct hstu_gate_args {
