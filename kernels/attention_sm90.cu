@@ -137,7 +137,8 @@ template <int D> struct producer {
         if (waited)
             return;
         mma::dependency_wait();
-        mma::dependency_trigger(); /* the gate's blocks come where ours have gone */
+        /* In this order: the gate's blocks, which come where ours have gone, rely on m at once. */
+        mma::dependency_trigger();
         waited = true;
     }
 
@@ -401,8 +402,8 @@ template <int D> struct consumer {
             barrier_arrive_cluster(empty + slot.slot * sizeof(uint64_t));
     }
 
-    /* Releases a tile's slots of K or V, each as soon as the wgmmas that read it have ended; if a
-     * commit a slot tells them apart. */
+    /* Releases a tile's slots of K or V, each as soon as the wgmmas that read it have ended.
+     * Commits: one a slot; or 1, and all slots go at the end. */
     template <int Commits>
     __device__ __forceinline__ void release_read(const struct cursor<D> &from)
     {

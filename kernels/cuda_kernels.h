@@ -94,7 +94,9 @@ struct hstu_gate_args {
     uint32_t sm_count;
     float inverse_n, eps;
     bool rounded; /* sums of one slice: bf16 in the first half of a row's place */
-    bool early;   /* may start while attention ends */
+    /* May start while attention ends. That lets its dependents start only after its own wait, so u
+     * is there by then, and slices. */
+    bool early;
 };
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream);
 

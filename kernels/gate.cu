@@ -10,9 +10,10 @@ namespace
 {
 
 /* A team: THREADS threads, each with CHUNKS chunks of eight columns of a row, THREADS chunks apart.
- * SLICES of a row are on their way at once; of MANY rows the next one is while one is computed. */
+ * SLICES of a row are on their way at once. MANY: a team has more rows than one, and the next one's
+ * first slices and u are on their way while one is computed. */
 template <int THREADS, int CHUNKS, int SLICES, bool MANY> struct gate_team {
-    /* Where a few threads have all of a row there is room for the norm's weights too. */
+    /* Where a thread has one chunk there is room for the norm's weights too. */
     static constexpr bool NORM_AHEAD = CHUNKS == 1;
     static constexpr int PARTS = THREADS / 32;
 
@@ -188,11 +189,12 @@ template <int THREADS, int CHUNKS, int SLICES, bool MANY> struct gate_team {
     }
 };
 
-/* One block a multiprocessor. */
+/* Named barriers are the teams', from 0 on: no __syncthreads() here. */
 template <int THREADS, int CHUNKS, int SLICES, int TEAMS, bool MANY>
 __global__ void __launch_bounds__(THREADS *TEAMS, 1)
     gate_kernel(const __grid_constant__ hstu_gate_args a)
 {
+    static_assert(TEAMS <= 16, "there are so many named barriers");
     __shared__ float shared[TEAMS][2 * THREADS / 32];
     gate_team<THREADS, CHUNKS, SLICES, MANY> team(a, shared[threadIdx.y]);
     if (MANY)
@@ -201,8 +203,8 @@ __global__ void __launch_bounds__(THREADS *TEAMS, 1)
         team.run(blockIdx.x * blockDim.y + threadIdx.y, a.rows);
 }
 
-/* At most `TEAMS` rows a multiprocessor, a team each; as many in every block, so that those that
- * come free first get no more than the others. */
+/* At most `TEAMS` rows a multiprocessor, a team each: no more blocks than multiprocessors, all
+ * alike, so that those that come free first get no more than the others. */
 template <int THREADS, int CHUNKS, int SLICES, int TEAMS>
 int launch_few(const struct hstu_gate_args *args, uint32_t rows_each, void *stream)
 {

@@ -54,7 +54,7 @@ struct tile_step {
 };
 
 /* The tiles of a block: cluster c takes tiles c, c + clusters, ... of row blocks by columns. The
- * next one is found without a division, while the tensor cores wait. */
+ * next one is found without a division: the tensor cores wait for it. */
 template <typename S> struct schedule {
     const uint32_t rows, n; /* parameters of the kernel, like the step: they cost nothing */
     const tile_step &step;
@@ -76,7 +76,8 @@ template <typename S> struct schedule {
             column -= n;
             row += S::ROWS * S::CLUSTER;
         }
-        return *row0 - rank() * S::ROWS < rows; /* a cluster's blocks have as many tiles */
+        return *row0 - rank() * S::ROWS <
+               rows; /* by the cluster's first row: its blocks take as many tiles */
     }
     static __device__ __forceinline__ uint32_t rank()
     {
@@ -293,7 +294,7 @@ template <typename S> uint32_t rounds_of(uint32_t rows, uint32_t n, uint32_t sm_
 }
 
 /* Microseconds that the product adds to a layer: S::START, and S::ROUND a round at k 1024. Fitted
- * to whole blocks on an H100 with each shape in turn; alone (bench_gemm) the widest tiles do better
+ * to whole blocks on an H200 with each shape in turn; alone (bench_gemm) the widest tiles do better
  * than among the other kernels. */
 template <typename S> double estimate(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
 {
@@ -318,6 +319,11 @@ template <typename S, typename Parameters>
 int launch_tiles(void (*kernel)(Parameters), Parameters p, uint32_t sm_count, int shared,
                  bool early, cudaStream_t stream)
 {
+    if (p.n % S::COLUMNS || sm_count < S::CLUSTER) {
+        skv_error("a product: %u columns, tiles of %d, %u multiprocessors", p.n, S::COLUMNS,
+                  sm_count);
+        return SKV_ENOTSUP;
+    }
     const uint32_t most = sm_count / S::CLUSTER * S::CLUSTER, tiles = tiles_of<S>(p.rows, p.n);
     const uint32_t blocks = tiles < most ? tiles : most, columns = p.n / S::COLUMNS;
     p.step.rows = blocks / S::CLUSTER / columns * S::CLUSTER * S::ROWS;

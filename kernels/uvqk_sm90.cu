@@ -215,10 +215,10 @@ __device__ __forceinline__ uint32_t activate(uint32_t pair)
     return mma::pack(x.x, x.y);
 }
 
-/* A tile whose sums go to memory. */
+/* Where a tile's sums go. */
 struct place {
-    uint32_t row0, column0;
-    uint32_t slot[4]; /* of the rows that this lane stores; UINT32_MAX: none */
+    uint32_t row0, column0; /* in the shadow: of the next 64 columns */
+    uint32_t slot[4];       /* of the rows that this lane stores; UINT32_MAX: none */
 
     __device__ __forceinline__ place(uint32_t nowhere)
         : row0(nowhere), column0(0), slot{UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}
@@ -244,8 +244,8 @@ struct place {
     }
 };
 
-/* Columns 16 * piece and on of a tile: activated, to the warp's staging; every fourth time the 64
- * columns there go to memory. */
+/* Columns at.column0 + 16 * piece and on: activated, to the warp's staging; every fourth time the
+ * 64 columns there go to memory. */
 __device__ __forceinline__ void finish(const parameters &p, const place &at, const uint32_t *sums,
                                        int piece, uint32_t staging, uint32_t warp)
 {
@@ -279,7 +279,8 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
     const uint32_t staging = ring.shared + S::STAGING + warp * STAGING_BYTES;
     uint32_t row0, column0;
     float d[S::COLUMNS / 2];
-    uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4] = {}; /* [i][row]; normed, with bias, rounded */
+    uint32_t sums[S::SHADOW ? S::COLUMNS / 4 : 4] = {}; /* [i][row]; normed, with bias, rounded;
+                                                               what is not finished, first */
     place last(p.rows);                                 /* of no row yet */
     mma::dependency_wait();
     for (;;) { /* in the end once without products: for the last tile's shadow */
