@@ -65,7 +65,8 @@ static void fold_norm(uint16_t *b, const uint16_t *weight, const uint16_t *norm_
         }
 }
 
-static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hstu_tiles tiles)
+static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hstu_tiles tiles,
+                       uint32_t sm_count)
 {
     const uint32_t n = 4 * g.heads * g.head_dim, pages = rows / g.page_tokens + 2;
     const uint64_t elements = (uint64_t)rows * n, pool_bytes = pages * skv_page_bytes(&g);
@@ -126,7 +127,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
                                    .n = n,
                                    .k = k,
                                    .parts = 1,
-                                   .sm_count = 132,
+                                   .sm_count = sm_count,
                                    .eps = 1e-5f,
                                    .tiles = tiles};
     cr_assert_eq(hstu_launch_norm(&norm, NULL), SKV_OK);
@@ -168,7 +169,8 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     free(host_norm_bias), free(fold), free(host_x), free(host_moments), free(page);
 }
 
-static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles tiles)
+static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles tiles,
+                          uint32_t sm_count)
 {
     const uint64_t elements = (uint64_t)rows * n;
     const float most = 2.0f / sqrtf((float)k);
@@ -187,7 +189,7 @@ static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles
                                       .rows = rows,
                                       .n = n,
                                       .k = k,
-                                      .sm_count = 132,
+                                      .sm_count = sm_count,
                                       .tiles = tiles};
     cr_assert_eq(hstu_launch_product(HSTU_PRODUCT_RESIDUAL, &product, NULL), SKV_OK);
     cr_assert_eq(hstu_launch_project_sm90(&fused, NULL), SKV_OK);
@@ -202,24 +204,31 @@ static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles
     free(want), free(got), free(new_moments);
 }
 
+/* Multiprocessors: fewer than a row of tiles has columns, and no divisor of them. */
+static const uint32_t few[] = {2, 6, 10};
+
 Test(products_cuda, uvqk_equals_norm_product_and_activation)
 {
     NEED_HOPPER();
     for (enum hstu_tiles tiles = HSTU_TILES_ANY; tiles <= HSTU_TILES_128X128; tiles++) {
-        check_uvqk(64, 64, (struct skv_geometry){1, 1, 64, 16}, tiles);
-        check_uvqk(320, 192, (struct skv_geometry){2, 2, 128, 32}, tiles);
-        check_uvqk(384, 1024, (struct skv_geometry){1, 4, 256, 32}, tiles);
-        check_uvqk(2304, 1024, (struct skv_geometry){1, 4, 256, 128}, tiles);
-        check_uvqk(5120, 512, (struct skv_geometry){2, 4, 128, 64}, tiles);
+        check_uvqk(64, 64, (struct skv_geometry){1, 1, 64, 16}, tiles, 132);
+        check_uvqk(320, 192, (struct skv_geometry){2, 2, 128, 32}, tiles, 132);
+        check_uvqk(384, 1024, (struct skv_geometry){1, 4, 256, 32}, tiles, 132);
+        check_uvqk(2304, 1024, (struct skv_geometry){1, 4, 256, 128}, tiles, 132);
+        check_uvqk(5120, 512, (struct skv_geometry){2, 4, 128, 64}, tiles, 132);
+        for (uint32_t s = 0; s < sizeof few / sizeof *few; s++)
+            check_uvqk(1000, 128, (struct skv_geometry){1, 4, 128, 32}, tiles, few[s]);
     }
 }
 
 static void check_projections(enum hstu_tiles tiles)
 {
-    check_project(64, 64, 256, tiles);
-    check_project(384, 1024, 1024, tiles);
-    check_project(1000, 512, 512, tiles);
-    check_project(9000, 1024, 1024, tiles);
+    check_project(64, 64, 256, tiles, 132);
+    check_project(384, 1024, 1024, tiles, 132);
+    check_project(1000, 512, 512, tiles, 132);
+    check_project(9000, 1024, 1024, tiles, 132);
+    for (uint32_t s = 0; s < sizeof few / sizeof *few; s++)
+        check_project(1000, 128, 1024, tiles, few[s]);
 }
 
 Test(products_cuda, projection_equals_product_and_residual)
@@ -228,5 +237,5 @@ Test(products_cuda, projection_equals_product_and_residual)
     check_projections(HSTU_TILES_ANY);
     for (enum hstu_tiles tiles = HSTU_TILES_128X256; tiles <= HSTU_TILES_64X64; tiles++)
         check_projections(tiles);
-    check_project(320, 128, 192, HSTU_TILES_ANY);
+    check_project(320, 128, 192, HSTU_TILES_ANY, 132);
 }
