@@ -119,7 +119,8 @@ struct hstu_attention_args {
 
 struct hstu_attention_path {
     const char *name;
-    /* Query rows of a work item (the tile) for a head dim, and the key granularity of a slice. */
+    /* Query rows of a work item (the tile) for a head dim, and the key granularity of a slice, a
+     * power of two. */
     uint32_t (*tile_rows)(uint32_t head_dim);
     uint32_t key_step;
     /* Items of a unit: 1, or 2 where two blocks work side by side, on items 2u and 2u + 1. Who

@@ -43,7 +43,8 @@ enum {
 struct shape {
     uint32_t cached, history, rows; /* c, h, q */
     uint32_t tiles, tile_rows, key_step, unit_items, group, heads;
-    uint32_t halved; /* 1: its tiles have half the path's rows */
+    uint32_t key_shift; /* log2 of key_step */
+    uint32_t halved;    /* 1: its tiles have half the path's rows */
 };
 
 /* Where a sequence lies in the batch. */
@@ -95,6 +96,12 @@ struct lengths {
     uint32_t single; /* the length of an item that waits for a second one; 0: none */
 };
 
+/* What the cuttings of sequences are tried with. */
+struct search {
+    uint32_t graph_rows, workers, max_slices;
+    struct lengths units; /* none between two tries; clearing it whole took a quarter of the time */
+};
+
 /* When workers become free: moments modulo MOMENTS, from `now` on. */
 struct timeline {
     uint32_t now;                /* no worker is free before */
@@ -139,13 +146,19 @@ uint32_t hstu_plan_capacity(const struct hstu_attention_path *path,
 
 /* ---- a sequence's units ---- */
 
+/* Key steps that so many keys take. */
+static uint32_t steps_of(const struct shape *s, uint32_t keys)
+{
+    return (keys + s->key_step - 1) >> s->key_shift;
+}
+
 static struct tile tile_at(const struct shape *s, uint32_t index)
 {
     uint32_t row0 = index * s->tile_rows;
     struct tile t = {.row0 = row0, .rows = min_u32(s->tile_rows, s->rows - row0)};
     t.first = s->cached + row0;
     t.end = t.first + t.rows;
-    t.history_steps = divide_up(min_u32(t.end, s->history), s->key_step);
+    t.history_steps = steps_of(s, min_u32(t.end, s->history));
     return t;
 }
 
@@ -168,7 +181,7 @@ static uint32_t own_steps(const struct shape *s, uint32_t first, uint32_t end)
 {
     uint32_t from = first > s->history ? (first - s->history) / s->group * s->group : 0;
     from -= s->group > 1 ? from % 16 : 0;
-    return end > s->history ? divide_up(end - s->history - from, s->key_step) : 0;
+    return end > s->history ? steps_of(s, end - s->history - from) : 0;
 }
 
 /* Key tiles of the history in [key0, key1) that a block walks for rows up to `end`: of the prefix
@@ -178,10 +191,17 @@ static uint32_t history_steps(const struct shape *s, uint32_t end, uint32_t key0
     uint32_t seen = min_u32(min_u32(s->history, end), key1), steps = 0;
     uint32_t prefix_end = min_u32(s->cached, seen), flight = max_u32(key0, s->cached);
     if (key0 < prefix_end)
-        steps += divide_up(prefix_end - key0, s->key_step);
+        steps += steps_of(s, prefix_end - key0);
     if (flight < seen)
-        steps += divide_up(seen - flight, s->key_step);
+        steps += steps_of(s, seen - flight);
     return steps;
+}
+
+/* The length of a unit of so many half steps. A halved tile's take as long as a whole one's, what
+ * is around them half a step less. */
+static uint32_t length_of(const struct shape *s, uint32_t half_steps)
+{
+    return min_u32(max_u32(half_steps, 1 + s->halved) - s->halved, LENGTHS - 1);
 }
 
 /* The length of a unit of two tiles, or of one: the kernel's blocks share their key tiles only
@@ -200,13 +220,12 @@ static uint32_t unit_length(const struct shape *s, const struct neighbours *n,
     }
     /* Of its own keys' tile a warpgroup multiplies half, where the groups are small. */
     own *= s->group <= s->key_step / 2 ? 1 : 2;
-    /* A halved tile's steps take as long as a whole one's, what is around them half a step less. */
-    return min_u32(max_u32(shared * 2 + own, 1 + s->halved) - s->halved, LENGTHS - 1);
+    return length_of(s, shared * 2 + own);
 }
 
 static uint32_t slice_key(const struct shape *s, uint32_t target, uint32_t slice)
 {
-    return slice * target * s->key_step;
+    return slice * target << s->key_shift;
 }
 
 static uint32_t upper_parts_of(const struct neighbours *n)
@@ -270,6 +289,13 @@ static void count_last_single(struct lengths *l)
     l->single = 0;
 }
 
+static void clear_units(struct lengths *l)
+{
+    memset(l->count, 0, (l->longest + 1) * sizeof *l->count);
+    l->longest = l->single = 0;
+    l->ticks = 0;
+}
+
 static void copy_units(struct lengths *l, uint32_t copies)
 {
     for (uint32_t length = 1; length <= l->longest; length++)
@@ -284,9 +310,41 @@ static uint32_t half_rows(const struct tile *t, uint32_t slices)
     return t->rows * (slices > 1 ? 2 * slices : 1);
 }
 
+/* Counts the units of `count` slices of one length in a row. */
+static void count_slices(struct lengths *l, const struct shape *s, uint32_t length, bool both,
+                         uint32_t count)
+{
+    if (both || s->unit_items == 1)
+        count_units(l, length, count * s->heads);
+    else
+        count_singles(l, length, count * s->heads);
+}
+
+/* Counts the units of neighbours. Slices before the last have all the same length, but one that
+ * holds the end of the prefix. */
+static void count_parts(const struct shape *s, const struct neighbours *n, struct cutting cutting,
+                        struct lengths *l)
+{
+    const uint32_t before_last = min_u32(n->slices, n->lower_slices) - 1;
+    const uint32_t slice_keys = slice_key(s, cutting.target, 1),
+                   plain = length_of(s, cutting.target * 2);
+    uint32_t mixed = s->cached / slice_keys, k = 0;
+    if (s->cached % slice_keys == 0)
+        mixed = before_last;
+    while (k < parts_of(n)) {
+        const uint32_t until = k <= mixed ? min_u32(mixed, before_last) : before_last;
+        if (k < until) {
+            count_slices(l, s, plain, n->joined, until - k);
+            k = until;
+            continue;
+        }
+        struct part part = part_at(s, n, cutting, k++);
+        count_slices(l, s, part.length, part.both, 1);
+    }
+}
+
 /* Counts the units of a sequence by length. Returns what is read back, in half rows of a plane. */
-static uint32_t count_sequence(const struct shape *s, struct cutting cutting, uint32_t heads,
-                               struct lengths *l)
+static uint32_t count_sequence(const struct shape *s, struct cutting cutting, struct lengths *l)
 {
     uint32_t plane_half_rows = 0;
     for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
@@ -294,13 +352,7 @@ static uint32_t count_sequence(const struct shape *s, struct cutting cutting, ui
         neighbours_at(s, i, cutting, &n);
         plane_half_rows += half_rows(&n.lower, parts_of(&n));
         plane_half_rows += n.joined ? half_rows(&n.upper, upper_parts_of(&n)) : 0;
-        for (uint32_t k = 0; k < parts_of(&n); k++) {
-            struct part part = part_at(s, &n, cutting, k);
-            if (part.both || s->unit_items == 1)
-                count_units(l, part.length, heads);
-            else
-                count_singles(l, part.length, heads);
-        }
+        count_parts(s, &n, cutting, l);
     }
     return plane_half_rows;
 }
@@ -381,26 +433,28 @@ static uint64_t finish(const struct lengths *l, uint32_t workers, uint64_t limit
 /* When a graph full of such sequences ends, with what its planes take; UINT64_MAX: not before
  * `limit`. *hopeless: nor would it with shorter slices, which only add to the sum of all units and
  * to the planes. */
-static uint64_t time_cutting(const struct shape *s, struct cutting cutting, uint32_t copies,
-                             uint32_t workers, uint64_t limit, bool *hopeless)
+static uint64_t time_cutting(struct search *search, const struct shape *s, struct cutting cutting,
+                             uint64_t limit, bool *hopeless)
 {
-    struct lengths l = {.longest = 0};
-    uint64_t planes = count_sequence(s, cutting, s->heads, &l);
+    struct lengths *l = &search->units;
+    const uint32_t copies = search->graph_rows / s->rows;
+    uint64_t planes = count_sequence(s, cutting, l);
     planes = planes * copies * s->heads / TICK_HALF_ROWS;
-    count_last_single(&l);
-    copy_units(&l, copies);
-    *hopeless = l.ticks / workers + planes >= limit;
-    uint64_t time = *hopeless ? UINT64_MAX : finish(&l, workers, limit - planes);
+    count_last_single(l);
+    copy_units(l, copies);
+    *hopeless = l->ticks / search->workers + planes >= limit;
+    uint64_t time = *hopeless ? UINT64_MAX : finish(l, search->workers, limit - planes);
+    clear_units(l);
     return time < limit - planes ? time + planes : UINT64_MAX;
 }
 
 /* How to cut a sequence, where that ends before c->time. */
-static void choose_cutting(struct choice *c, uint32_t graph_rows, uint32_t workers,
-                           uint32_t max_slices)
+static void choose_cutting(struct choice *c, struct search *search)
 {
     const struct shape *s = &c->shape;
+    const uint32_t max_slices = search->max_slices;
     struct tile last = tile_at(s, s->tiles - 1);
-    uint32_t longest = max_u32(last.history_steps, 1), copies = graph_rows / s->rows;
+    uint32_t longest = max_u32(last.history_steps, 1);
     struct cutting best = {longest, false};
     /* Slices of the portable path begin at multiples of its key step. */
     uint32_t ways =
@@ -418,7 +472,7 @@ static void choose_cutting(struct choice *c, uint32_t graph_rows, uint32_t worke
         for (uint32_t target = from; target >= least && !hopeless;
              target -= 1 + (target - 1) / FINE_STEPS) {
             struct cutting cutting = {target, way == 1};
-            uint64_t time = time_cutting(s, cutting, copies, workers, c->time, &hopeless);
+            uint64_t time = time_cutting(search, s, cutting, c->time, &hopeless);
             best = time < c->time ? cutting : best;
             c->time = time < c->time ? time : c->time;
         }
@@ -435,15 +489,14 @@ static struct shape halve(struct shape s)
 }
 
 /* How to cut a sequence whose tiles may be halved, or may not. */
-static struct choice choose(const struct shape *s, bool halves, uint32_t graph_rows,
-                            uint32_t workers, uint32_t max_slices)
+static struct choice choose(const struct shape *s, bool halves, struct search *search)
 {
     struct choice whole = {.shape = *s, .time = UINT64_MAX};
-    choose_cutting(&whole, graph_rows, workers, max_slices);
+    choose_cutting(&whole, search);
     if (!halves)
         return whole;
     struct choice half = {.shape = halve(*s), .time = whole.time};
-    choose_cutting(&half, graph_rows, workers, max_slices);
+    choose_cutting(&half, search);
     return half.time < whole.time ? half : whole;
 }
 
@@ -564,6 +617,7 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
     uint32_t tile_rows = path->tile_rows(geometry->head_dim);
     struct choice choices[SKV_MAX_BATCH];
     struct shape before = {.rows = 0};
+    struct search search = {.graph_rows = rows, .workers = workers, .max_slices = max_slices};
     struct lengths l = {.longest = 0};
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
@@ -576,16 +630,17 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
                                     .key_step = path->key_step,
                                     .unit_items = path->unit_items,
                                     .group = group,
-                                    .heads = geometry->heads};
+                                    .heads = geometry->heads,
+                                    .key_shift = (uint32_t)__builtin_ctz(path->key_step)};
         /* Identical shapes, the usual case in a benchmark, are planned once. */
         if (b > 0 && memcmp(&whole, &before, sizeof whole) == 0)
             choices[b] = choices[b - 1];
         else if (own_rows)
-            choices[b] = choose(&whole, may_halve(path, rows), rows, workers, max_slices);
+            choices[b] = choose(&whole, may_halve(path, rows), &search);
         else
             choices[b] = (struct choice){.shape = whole};
         before = whole;
-        count_sequence(&choices[b].shape, choices[b].cutting, geometry->heads, &l);
+        count_sequence(&choices[b].shape, choices[b].cutting, &l);
     }
     count_last_single(&l);
 
