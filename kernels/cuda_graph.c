@@ -10,8 +10,8 @@
  *
  * The waits form a branch of their own, which runs ahead while the layers compute. On Hopper a
  * kernel may start while the one before it ends (programmatic dependent launch): it then waits,
- * itself, for what that one writes. Every such kernel lets the next start only after
- * its own wait, so what is older than the kernel before may be read at once. */
+ * itself, for what that one writes. Every such kernel lets the next start only after its own wait,
+ * so what is older than the kernel before may be read at once. */
 #include "cuda_state.h"
 
 #include <cuda.h>

@@ -43,8 +43,7 @@ enum {
 struct shape {
     uint32_t cached, history, rows; /* c, h, q */
     uint32_t tiles, tile_rows, key_step, unit_items, group, heads;
-    uint32_t key_shift; /* log2 of key_step */
-    uint32_t halved;    /* 1: its tiles have half the path's rows */
+    uint32_t halved; /* 1: its tiles have half the path's rows */
 };
 
 /* Where a sequence lies in the batch. */
@@ -146,10 +145,10 @@ uint32_t hstu_plan_capacity(const struct hstu_attention_path *path,
 
 /* ---- a sequence's units ---- */
 
-/* Key steps that so many keys take. */
+/* Key steps that so many keys take; a step is a power of two. */
 static uint32_t steps_of(const struct shape *s, uint32_t keys)
 {
-    return (keys + s->key_step - 1) >> s->key_shift;
+    return (keys + s->key_step - 1) >> __builtin_ctz(s->key_step);
 }
 
 static struct tile tile_at(const struct shape *s, uint32_t index)
@@ -225,7 +224,7 @@ static uint32_t unit_length(const struct shape *s, const struct neighbours *n,
 
 static uint32_t slice_key(const struct shape *s, uint32_t target, uint32_t slice)
 {
-    return slice * target << s->key_shift;
+    return slice * target * s->key_step;
 }
 
 static uint32_t upper_parts_of(const struct neighbours *n)
@@ -630,8 +629,7 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
                                     .key_step = path->key_step,
                                     .unit_items = path->unit_items,
                                     .group = group,
-                                    .heads = geometry->heads,
-                                    .key_shift = (uint32_t)__builtin_ctz(path->key_step)};
+                                    .heads = geometry->heads};
         /* Identical shapes, the usual case in a benchmark, are planned once. */
         if (b > 0 && memcmp(&whole, &before, sizeof whole) == 0)
             choices[b] = choices[b - 1];

@@ -196,7 +196,7 @@ static int cuda_launch(void *state, const struct hstu_sequence *sequences, uint3
         return status;
     status = hstu_cuda_check(cudaSetDevice(c->ordinal), "choosing the device");
     if (status == SKV_OK && c->rows) {
-        /* Waits cost 2.5 us a layer, passed or not. */
+        /* Waits cost more than 2 us a layer, passed or not. */
         const bool waits = gated && !gates_open(c);
         status = hstu_cuda_graph(c, rows, waits ? HSTU_CUDA_GATED : 0, &graph);
         if (status == SKV_OK)

@@ -68,7 +68,7 @@ template <int THREADS, int CHUNKS, int SLICES, bool MANY> struct gate_team {
         const bool rounded = is_rounded(slices);
 #pragma unroll
         for (int s = 0; s < SLICES; s++) {
-            const uint4 *o = static_cast<const uint4 *>(static_cast<const void *>(a.partial)) +
+            const uint4 *o = reinterpret_cast<const uint4 *>(a.partial) +
                              ((uint64_t)(from + s) * a.rows + row) * chunks * 2;
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) {

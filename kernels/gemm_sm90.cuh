@@ -76,8 +76,8 @@ template <typename S> struct schedule {
             column -= n;
             row += S::ROWS * S::CLUSTER;
         }
-        return *row0 - rank() * S::ROWS <
-               rows; /* by the cluster's first row: its blocks take as many tiles */
+        /* By the cluster's first row: its blocks take as many tiles. */
+        return *row0 - rank() * S::ROWS < rows;
     }
     static __device__ __forceinline__ uint32_t rank()
     {
