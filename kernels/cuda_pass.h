@@ -161,12 +161,12 @@ static inline bool hstu_sums_rounded(const struct hstu_attention_path *path, uin
 extern const struct hstu_attention_path hstu_attention_portable;
 extern const struct hstu_attention_path hstu_attention_sm90;
 
-/* The work list of a batch, longest units first; deterministic. The split of a sequence depends
- * only on `rows` (the graph size), the path, sm_count and this sequence's own c, n and T, so that
- * batch mates never change a bit; they may change which items share a unit. Writes slices per row
- * too, 0 for padding. Returns the number of items, or 0 when `capacity` is too small. Where units
- * have two items and there is an odd number of them, one unit's second is a hole: an item of no
- * rows, which counts. */
+/* The work list of a batch, longest units first, in large graphs a few sequences at a time;
+ * deterministic. The split of a sequence depends only on `rows` (the graph size), the path,
+ * sm_count and this sequence's own c, n and T, so that batch mates never change a bit; they may
+ * change which items share a unit, and the order. Writes slices per row too, 0 for padding. Returns
+ * the number of items, or 0 when `capacity` is too small. Where units have two items and there is
+ * an odd number of them, one unit's second is a hole: an item of no rows, which counts. */
 uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geometry *geometry,
                    uint32_t group, const struct hstu_sequence *sequences, uint32_t count,
                    uint32_t rows, uint32_t sm_count, uint32_t max_slices, struct hstu_work *work,

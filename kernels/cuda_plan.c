@@ -17,7 +17,9 @@
  * (struct hstu_attention_path). Two items of a unit are neighbouring tiles of one head and slice,
  * which read the same keys; a tile without a neighbour shares its unit with the next head's.
  *
- * Units come longest first (a counting sort), and each goes to the worker that is free first. */
+ * Units come longest first (a counting sort), and each goes to the worker that is free first. Where
+ * K and V of a large graph's sequences are more than the L2 keeps, they come in parties, a few
+ * sequences at a time, as far as that ends as soon. */
 #include "cuda_pass.h"
 
 #include <assert.h>
@@ -38,18 +40,18 @@ enum {
     LENGTHS = 1024,     /* in half steps; longer units count as if they were this long */
     MOMENTS = 512,      /* of a timeline; a power of two */
     MAX_WORKERS = 1024, /* multiprocessors, or pairs of them */
+    /* In graphs of more rows than PARTY_ROWS a tile of K and V is read many times. The L2 of an
+     * H100 is 50 MB. */
+    PARTY_ROWS = 4352,
+    PARTY_BYTES = 20 << 20, /* K and V of a party's sequences, of a layer */
+    MAX_PARTIES = 16,
+    PARTY_SLACK = 64, /* they may end later by a 64th: the L2 makes up for it */
 };
 
 struct shape {
     uint32_t cached, history, rows; /* c, h, q */
     uint32_t tiles, tile_rows, key_step, unit_items, group, heads;
     uint32_t halved; /* 1: its tiles have half the path's rows */
-};
-
-/* Where a sequence lies in the batch. */
-struct place {
-    const struct shape *shape;
-    uint32_t sequence, row_start, page_start;
 };
 
 struct tile {
@@ -99,6 +101,18 @@ struct lengths {
 struct search {
     uint32_t graph_rows, workers, max_slices;
     struct lengths units; /* none between two tries; clearing it whole took a quarter of the time */
+};
+
+/* A sequence of the batch: how it is cut, and where it lies. */
+struct place {
+    struct choice choice;
+    uint32_t sequence, row_start, page_start;
+};
+
+/* Sequences whose units come before the next ones', and those units. */
+struct party {
+    uint32_t first, end;
+    struct lengths units;
 };
 
 /* When workers become free: moments modulo MOMENTS, from `now` on. */
@@ -291,7 +305,7 @@ static void count_last_single(struct lengths *l)
 static void clear_units(struct lengths *l)
 {
     memset(l->count, 0, (l->longest + 1) * sizeof *l->count);
-    l->longest = l->single = 0;
+    l->longest = 0;
     l->ticks = 0;
 }
 
@@ -405,28 +419,36 @@ static void timeline_set(struct timeline *t, uint32_t moment, uint32_t who)
     t->at[moment] = (uint16_t)who;
 }
 
-/* When the last of `workers` finishes, in ticks, if each unit, longest first, goes to the worker
- * that is free first. Gives up where that is later than `limit`. */
+/* Gives units, longest first, each to the worker that is free first. Returns when the last of all
+ * ends, which was `end` before, in ticks that are halved `shift` times; or UINT32_MAX, where that
+ * is later than `limit`. */
+static uint32_t give(struct timeline *line, const struct lengths *l, uint32_t shift, uint32_t end,
+                     uint64_t limit)
+{
+    for (uint32_t length = l->longest; length > 0; length--) {
+        uint32_t ticks = ticks_of(length, shift);
+        for (uint32_t left = l->count[length]; left > 0;) {
+            uint32_t moment = timeline_first(line), busy = (moment + ticks) % MOMENTS;
+            uint32_t taken = min_u32(left, timeline_at(line, moment));
+            end = max_u32(end, line->now + ticks);
+            if ((uint64_t)end << shift > limit)
+                return UINT32_MAX;
+            timeline_set(line, moment, timeline_at(line, moment) - taken);
+            timeline_set(line, busy, timeline_at(line, busy) + taken);
+            left -= taken;
+        }
+    }
+    return end;
+}
+
+/* When the last of `workers` finishes, in ticks; UINT64_MAX: later than `limit`. */
 static uint64_t finish(const struct lengths *l, uint32_t workers, uint64_t limit)
 {
     struct timeline line;
     timeline_clear(&line);
-    uint32_t shift = tick_shift(l->longest), end = 0;
     timeline_set(&line, 0, workers);
-    for (uint32_t length = l->longest; length > 0; length--) {
-        uint32_t ticks = ticks_of(length, shift);
-        for (uint32_t left = l->count[length]; left > 0;) {
-            uint32_t moment = timeline_first(&line), busy = (moment + ticks) % MOMENTS;
-            uint32_t taken = min_u32(left, timeline_at(&line, moment));
-            end = max_u32(end, line.now + ticks);
-            if ((uint64_t)end << shift > limit)
-                return UINT64_MAX;
-            timeline_set(&line, moment, timeline_at(&line, moment) - taken);
-            timeline_set(&line, busy, timeline_at(&line, busy) + taken);
-            left -= taken;
-        }
-    }
-    return (uint64_t)end << shift;
+    const uint32_t shift = tick_shift(l->longest), end = give(&line, l, shift, 0, limit);
+    return end == UINT32_MAX ? UINT64_MAX : (uint64_t)end << shift;
 }
 
 /* When a graph full of such sequences ends, with what its planes take; UINT64_MAX: not before
@@ -547,18 +569,18 @@ static struct hstu_work item_of(const struct place *at, const struct tile *t,
                               .slice = (uint16_t)part->slice,
                               .slices = (uint16_t)slices,
                               .rows = t->rows,
-                              .history = at->shape->history,
-                              .cached = at->shape->cached,
+                              .history = at->choice.shape.history,
+                              .cached = at->choice.shape.cached,
                               .row_start = at->row_start,
                               .page_start = at->page_start,
                               .next = HSTU_WORK_LAST};
 }
 
 /* Puts a sequence's units into the list, as count_sequence() counts them. */
-static void put_sequence(const struct place *at, struct cutting cutting, struct list *to,
-                         uint8_t *row_slices)
+static void put_sequence(const struct place *at, struct list *to, uint8_t *row_slices)
 {
-    const struct shape *s = at->shape;
+    const struct shape *s = &at->choice.shape;
+    const struct cutting cutting = at->choice.cutting;
     for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
         struct neighbours n;
         neighbours_at(s, i, cutting, &n);
@@ -581,29 +603,84 @@ static void put_sequence(const struct place *at, struct cutting cutting, struct 
     }
 }
 
+/* ---- parties ---- */
+
+/* Bytes of a layer's K and V that a sequence's rows read. */
+static uint64_t read_bytes(const struct shape *s, uint32_t head_dim)
+{
+    return UINT64_C(4) * (s->cached + s->rows) * s->heads * head_dim;
+}
+
+/* Shares the sequences out, the last ones first, whose K and V are what UVQK wrote last, and counts
+ * their units. Returns how many parties there are. */
+static uint32_t make_parties(const struct place *places, uint32_t count, uint32_t head_dim,
+                             uint64_t most_bytes, struct party *parties)
+{
+    uint32_t n = 0, single = 0;
+    for (uint32_t end = count; end > 0 || n == 0; end = parties[n++].first) {
+        struct party *p = &parties[n];
+        uint64_t bytes = 0;
+        *p = (struct party){.first = end, .end = end, .units.single = single};
+        while (p->first > 0) {
+            bytes += read_bytes(&places[p->first - 1].choice.shape, head_dim);
+            if (bytes > most_bytes && p->first < end && n + 1 < MAX_PARTIES)
+                break;
+            p->first--;
+        }
+        for (uint32_t b = p->first; b < end; b++)
+            count_sequence(&places[b].choice.shape, places[b].choice.cutting, &p->units);
+        single = p->units.single; /* waits for the next party's */
+    }
+    count_last_single(&parties[n - 1].units);
+    return n;
+}
+
+static uint32_t longest_of(const struct party *parties, uint32_t n)
+{
+    uint32_t longest = 0;
+    for (uint32_t i = 0; i < n; i++)
+        longest = max_u32(longest, parties[i].units.longest);
+    return longest;
+}
+
+/* When the last worker finishes, party by party. */
+static uint64_t finish_parties(const struct party *parties, uint32_t n, uint32_t workers)
+{
+    const uint32_t shift = tick_shift(longest_of(parties, n));
+    struct timeline line;
+    uint32_t end = 0;
+    timeline_clear(&line);
+    timeline_set(&line, 0, workers);
+    for (uint32_t i = 0; i < n; i++)
+        end = give(&line, &parties[i].units, shift, end, UINT64_MAX);
+    return (uint64_t)end << shift;
+}
+
 /* Gives each worker its units: worker w has the w-th, and whoever is free first the next one. */
-static void link_units(struct hstu_work *work, const struct lengths *l, uint32_t workers)
+static void link_units(struct hstu_work *work, const struct party *parties, uint32_t n,
+                       uint32_t workers)
 {
     struct timeline line;
     timeline_clear(&line);
     uint16_t after[MAX_WORKERS + 1]; /* a moment's workers are a chain of worker + 1 */
-    uint32_t latest[MAX_WORKERS + 1], shift = tick_shift(l->longest), unit = 0;
-    for (uint32_t length = l->longest; length > 0; length--) {
-        uint32_t ticks = ticks_of(length, shift);
-        for (uint32_t left = l->count[length]; left > 0; left--, unit++) {
-            uint32_t worker = unit + 1, moment = 0;
-            if (unit >= workers) {
-                moment = timeline_first(&line);
-                worker = timeline_at(&line, moment);
-                timeline_set(&line, moment, after[worker]);
-                work[latest[worker] * 2].next = unit;
+    uint32_t latest[MAX_WORKERS + 1], shift = tick_shift(longest_of(parties, n)), unit = 0;
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t length = parties[i].units.longest; length > 0; length--) {
+            uint32_t ticks = ticks_of(length, shift);
+            for (uint32_t left = parties[i].units.count[length]; left > 0; left--, unit++) {
+                uint32_t worker = unit + 1, moment = 0;
+                if (unit >= workers) {
+                    moment = timeline_first(&line);
+                    worker = timeline_at(&line, moment);
+                    timeline_set(&line, moment, after[worker]);
+                    work[latest[worker] * 2].next = unit;
+                }
+                uint32_t busy = (moment + ticks) % MOMENTS;
+                after[worker] = timeline_at(&line, busy);
+                timeline_set(&line, busy, worker);
+                latest[worker] = unit;
             }
-            uint32_t busy = (moment + ticks) % MOMENTS;
-            after[worker] = timeline_at(&line, busy);
-            timeline_set(&line, busy, worker);
-            latest[worker] = unit;
         }
-    }
 }
 
 uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geometry *geometry,
@@ -613,11 +690,11 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
 {
     uint32_t workers = hstu_workers(path->unit_items, sm_count);
     assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1 && workers <= MAX_WORKERS);
-    uint32_t tile_rows = path->tile_rows(geometry->head_dim);
-    struct choice choices[SKV_MAX_BATCH];
+    const uint32_t tile_rows = path->tile_rows(geometry->head_dim), head_dim = geometry->head_dim;
+    struct place places[SKV_MAX_BATCH];
     struct shape before = {.rows = 0};
     struct search search = {.graph_rows = rows, .workers = workers, .max_slices = max_slices};
-    struct lengths l = {.longest = 0};
+    uint32_t row = 0, page = 0;
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
         uint32_t own_rows = s->history - s->cached + s->targets;
@@ -630,36 +707,49 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
                                     .unit_items = path->unit_items,
                                     .group = group,
                                     .heads = geometry->heads};
+        struct place *at = &places[b];
         /* Identical shapes, the usual case in a benchmark, are planned once. */
         if (b > 0 && memcmp(&whole, &before, sizeof whole) == 0)
-            choices[b] = choices[b - 1];
+            at->choice = places[b - 1].choice;
         else if (own_rows)
-            choices[b] = choose(&whole, may_halve(path, rows), &search);
+            at->choice = choose(&whole, may_halve(path, rows), &search);
         else
-            choices[b] = (struct choice){.shape = whole};
+            at->choice = (struct choice){.shape = whole};
         before = whole;
-        count_sequence(&choices[b].shape, choices[b].cutting, &l);
+        at->sequence = b;
+        at->row_start = row;
+        at->page_start = page;
+        row += own_rows;
+        page += hstu_pages_listed(s, geometry->page_tokens);
+        assert(row <= rows);
     }
-    count_last_single(&l);
+    memset(row_slices + row, 0, rows - row);
+
+    struct party parties[MAX_PARTIES];
+    uint32_t n = make_parties(places, count, head_dim, UINT64_MAX, parties), units = 0;
+    if (rows > PARTY_ROWS) {
+        const uint64_t end = finish_parties(parties, n, workers);
+        uint64_t bytes = PARTY_BYTES;
+        do {
+            n = make_parties(places, count, head_dim, bytes, parties);
+            bytes *= 2;
+        } while (n > 1 && finish_parties(parties, n, workers) > end + end / PARTY_SLACK);
+    }
 
     struct list to = {.work = work, .unit_items = path->unit_items};
-    uint32_t units = 0, row = 0, page = 0;
-    for (uint32_t length = l.longest; length > 0; length--) {
-        to.place[length] = units;
-        units += l.count[length];
-    }
-    if (units * path->unit_items > capacity)
-        return 0;
-    for (uint32_t b = 0; b < count; b++) {
-        struct place at = {&choices[b].shape, b, row, page};
-        assert(row + choices[b].shape.rows <= rows);
-        put_sequence(&at, choices[b].cutting, &to, row_slices + row);
-        row += choices[b].shape.rows;
-        page += hstu_pages_listed(&sequences[b], geometry->page_tokens);
+    for (uint32_t i = 0; i < n; i++) {
+        const struct lengths *l = &parties[i].units;
+        for (uint32_t length = l->longest; length > 0; length--) {
+            to.place[length] = units;
+            units += l->count[length];
+        }
+        if (units * path->unit_items > capacity)
+            return 0;
+        for (uint32_t b = parties[i].first; b < parties[i].end; b++)
+            put_sequence(&places[b], &to, row_slices + places[b].row_start);
     }
     put_last_single(&to);
-    memset(row_slices + row, 0, rows - row);
     if (path->unit_items == 2)
-        link_units(work, &l, workers);
+        link_units(work, parties, n, workers);
     return units * path->unit_items;
 }

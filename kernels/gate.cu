@@ -6,8 +6,26 @@
  * writes 2. */
 #include "rows.cuh"
 
+#include "attention_sm90_ptx.cuh"
+
 namespace
 {
+
+/* Of u, which is older than the kernel before and is read before that one has ended: past the L1,
+ * which nothing has emptied for certain. Nobody reads it again. */
+__device__ __forceinline__ uint4 load_last(const uint4 *from)
+{
+    uint4 v;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("ld.relaxed.gpu.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from), "l"(sm90::L2_FIRST_OUT)
+                 : "memory");
+#else /* no kernel starts early */
+    v = __ldcs(from);
+#endif
+    return v;
+}
 
 /* A team: THREADS threads, each with CHUNKS chunks of eight columns of a row, THREADS chunks apart.
  * SLICES of a row are on their way at once. MANY: a team has more rows than one, and the next one's
@@ -42,7 +60,7 @@ template <int THREADS, int CHUNKS, int SLICES, bool MANY> struct gate_team {
     }
     __device__ __forceinline__ uint32_t slices_of(uint32_t row) const
     {
-        return row < a.rows ? __ldg(a.slices + row) : 0;
+        return row < a.rows ? __ldcg(a.slices + row) : 0;
     }
     /* Sums of one slice may come as bf16, in the first half of their place. */
     __device__ __forceinline__ bool is_rounded(uint32_t slices) const
@@ -60,7 +78,7 @@ template <int THREADS, int CHUNKS, int SLICES, bool MANY> struct gate_team {
         const uint4 *u = static_cast<const uint4 *>(a.m) + (uint64_t)row * chunks * 4;
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++)
-            gate[i] = slices > 0 && in(i) ? __ldcs(u + at(i)) : uint4{};
+            gate[i] = slices > 0 && in(i) ? load_last(u + at(i)) : uint4{};
     }
     /* Slices [from, from + SLICES) of the row, as far as it has them. */
     __device__ __forceinline__ void ask_sums(uint32_t row, uint32_t from, uint32_t slices)
@@ -234,7 +252,11 @@ int hstu_launch_gate(const struct hstu_gate_args *args, void *stream)
                : each <= 8  ? launch_few<128, 1, 4, 8>(args, each, stream)
                : each <= 16 ? launch_few<64, 2, 1, 16>(args, each, stream)
                             : launch_many<64, 2, 12>(args, stream);
-    return chunks <= 256   ? launch_many<128, 2, 6>(args, stream)
-           : chunks <= 512 ? launch_many<256, 2, 3>(args, stream)
-                           : launch_many<256, 8, 1>(args, stream);
+    if (chunks <= 256)
+        return each <= 4 ? launch_few<128, 2, 4, 4>(args, each, stream)
+                         : launch_many<128, 2, 6>(args, stream);
+    if (chunks <= 512)
+        return each <= 2 ? launch_few<256, 2, 4, 2>(args, each, stream)
+                         : launch_many<256, 2, 3>(args, stream);
+    return launch_many<256, 8, 1>(args, stream);
 }

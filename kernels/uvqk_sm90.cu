@@ -47,8 +47,8 @@ struct page_layout {
     char *layer;    /* in page 0 */
     uint64_t bytes; /* a page, all layers of it */
     uint64_t head_bytes;
-    uint32_t heads, shift;         /* log2 of a page's tokens */
-    uint32_t dim_shift, row_shift; /* log2 of the head dim, and of a row's bytes */
+    uint32_t heads, shift; /* log2 of a page's tokens */
+    uint32_t dim_shift;    /* log2 of the head dim */
 };
 
 struct parameters {
@@ -240,7 +240,7 @@ struct place {
     __device__ __forceinline__ uint64_t page_row(const parameters &p, int i) const
     {
         const uint32_t page = slot[i] >> p.pages.shift, at = slot[i] - (page << p.pages.shift);
-        return page * p.pages.bytes + ((uint64_t)at << p.pages.row_shift);
+        return page * p.pages.bytes + ((uint64_t)at << (p.pages.dim_shift + 1));
     }
 };
 
@@ -400,7 +400,6 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.pages.heads = g.heads;
     p.pages.shift = __builtin_ctz(g.page_tokens);
     p.pages.dim_shift = __builtin_ctz(g.head_dim);
-    p.pages.row_shift = p.pages.dim_shift + 1;
     p.rows = args->rows;
     p.n = args->n;
     p.k = args->k;

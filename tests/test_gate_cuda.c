@@ -9,9 +9,9 @@
 
 enum { ROWS = 500, GUARDS = 16, PLANES = 16, N = 64 };
 
-/* Multiprocessors of the device that is asked for, so that each has this many rows: 1, 2, 5, 6, 8,
- * 9, 16, 17, 100, 500. */
-static const uint32_t sm_counts[] = {500, 264, 100, 84, 63, 56, 32, 30, 5, 1};
+/* Multiprocessors of the device that is asked for, so that each has this many rows: 1, 2, 3, 4, 5,
+ * 6, 8, 9, 16, 17, 100, 500. */
+static const uint32_t sm_counts[] = {500, 264, 167, 125, 100, 84, 63, 56, 32, 30, 5, 1};
 enum { SM_COUNTS = sizeof sm_counts / sizeof *sm_counts };
 
 struct bed {

@@ -283,14 +283,65 @@ Test(plan, longest_units_come_first)
     }
 }
 
+/* A sequence of 4,352 keys is a party: the last one's units come first, each one's longest first.
+ */
+Test(plan, units_of_long_sequences_come_in_parties)
+{
+    struct hstu_sequence s[8];
+    for (uint32_t b = 0; b < 8; b++)
+        s[b] = sequence(4096, 0, 256);
+    const struct hstu_attention_path *const paths[] = {&small_tiles, &large_tiles};
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t items = plan(paths[i], s, 8, 8 * 4352), at = 7, before = UINT32_MAX;
+        for (uint32_t k = 0; k < items; k += paths[i]->unit_items) {
+            uint32_t now = i == 0 ? length_of(cut(&work[k], work[k].rows, work[k].key1, 64))
+                                  : unit_length(&work[k]);
+            cr_assert_eq(work[k].sequence, now > before ? --at : at);
+            before = now;
+        }
+        cr_assert_eq(at, 0);
+    }
+}
+
+/* Two parties, on either side of an empty sequence. With an odd number of tiles of three heads, the
+ * first one's last item shares its unit with the other's first. */
+Test(plan, parties_cover_every_row_and_key_once)
+{
+    struct hstu_sequence s[7];
+    uint32_t rows = 0;
+    for (uint32_t b = 0; b < 7; b++) {
+        s[b] = b == 3 ? sequence(0, 0, 0) : sequence(b < 3 ? 3840 : 4096, 5 * b, 100);
+        rows += rows_of(&s[b]);
+    }
+    rows = (rows + 255) / 256 * 256;
+    for (geometry.heads = 3; geometry.heads <= 4; geometry.heads++) {
+        check_cover(&small_tiles, s, 7, rows);
+        check_cover(&large_tiles, s, 7, rows);
+        uint32_t items = plan(&large_tiles, s, 7, rows), mixed = 0;
+        for (uint32_t k = 0; k < items; k += 2)
+            mixed += work[k].sequence > 3 && work[k + 1].sequence < 3;
+        cr_assert_eq(mixed, geometry.heads == 3 ? 1 : 0);
+    }
+}
+
 /* Batches with a name of their own, and how far above the pairs' mean the last of them may end. */
 static const struct {
     uint32_t batch, history, fresh, heads;
     double allowed; /* of the mean */
 } cells[] = {
-    {1, 4096, 128, 4, 1.05},  {2, 4096, 128, 4, 1.20},  {4, 4096, 128, 4, 1.20},
-    {8, 4096, 128, 4, 1.10},  {1, 4096, 4096, 4, 1.10}, {8, 1024, 1024, 4, 1.15},
-    {8, 4096, 4096, 4, 1.05}, {8, 4096, 128, 1, 1.25},  {5, 4096, 128, 3, 1.20},
+    {1, 4096, 128, 4, 1.05},
+    {2, 4096, 128, 4, 1.20},
+    {4, 4096, 128, 4, 1.20},
+    {8, 4096, 128, 4, 1.10},
+    {1, 4096, 4096, 4, 1.10},
+    {8, 1024, 1024, 4, 1.15},
+    {8, 4096, 4096, 4, 1.05},
+    {8, 4096, 128, 1, 1.25},
+    {5, 4096, 128, 3, 1.20},
+    /* The first two in parties; the third would end by a tenth later. */
+    {8, 4096, 2048, 4, 1.10},
+    {8, 2048, 2048, 4, 1.05},
+    {8, 4096, 1024, 4, 1.10},
 };
 enum { CELLS = sizeof cells / sizeof *cells };
 
