@@ -220,6 +220,19 @@ Test(layers_cuda, a_pass_equals_the_reference_at_every_head_dim_page_size_and_gr
             }
 }
 
+/* The gate shares rows of more than 1024, 2048 and 4096 columns out in ways of their own. */
+Test(layers_cuda, a_pass_equals_the_reference_with_many_heads, .timeout = 120)
+{
+    static const uint32_t heads[] = {6, 9, 17};
+    NEED_GPU();
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+            struct hstu_model model = small_model(256, 32);
+            model.geometry.heads = heads[i];
+            check_model(model, both[k]);
+        }
+}
+
 Test(layers_cuda, products_by_cublaslt_equal_the_reference)
 {
     NEED_GPU();

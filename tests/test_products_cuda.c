@@ -65,6 +65,10 @@ static void fold_norm(uint16_t *b, const uint16_t *weight, const uint16_t *norm_
         }
 }
 
+/* Where the pages in use begin, more than 4 GiB into the pool in most cases; what comes before is
+ * not there. */
+enum { FIRST_PAGE = 100003 };
+
 static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hstu_tiles tiles,
                        uint32_t sm_count)
 {
@@ -72,7 +76,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     const uint64_t elements = (uint64_t)rows * n, pool_bytes = pages * skv_page_bytes(&g);
     uint32_t *slot = malloc(rows * 4), *sequence = calloc(rows, 4);
     for (uint32_t r = 0; r < rows; r++) /* every third row has none; backwards through the pool */
-        slot[r] = r % 3 == 2 ? UINT32_MAX : (pages * g.page_tokens - 1 - r);
+        slot[r] = r % 3 == 2 ? UINT32_MAX : (FIRST_PAGE + pages) * g.page_tokens - 1 - r;
     const float most = 2.0f / sqrtf((float)k);
     void *x = random_on_device((uint64_t)rows * k, rows, -0.7f, 1.7f); /* the mean is not 0 */
     void *b = random_on_device((uint64_t)k * n, 2, -most, most);
@@ -88,10 +92,11 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     fold_norm(folded, host_weight, host_norm_bias, host_bias, k, n, fold);
     void *on_folded = on_device(folded, (uint64_t)k * n * 2);
     void *on_fold = on_device(fold, n * sizeof *fold);
-    void *m[2], *pool[2];
+    void *m[2], *pool[2], *page0[2];
     for (int i = 0; i < 2; i++) {
         m[i] = on_device(NULL, elements * 2);
         pool[i] = on_device(NULL, pool_bytes);
+        page0[i] = (void *)((uintptr_t)pool[i] - FIRST_PAGE * skv_page_bytes(&g));
         CUDA(cudaMemset(m[i], 0xff, elements * 2));
         CUDA(cudaMemset(pool[i], 0xff, pool_bytes));
     }
@@ -108,7 +113,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     struct hstu_activate_args activate = {.row_sequence = on_sequence,
                                           .slot = on_slot,
                                           .m = m[0],
-                                          .pool = pool[0],
+                                          .pool = page0[0],
                                           .geometry = g,
                                           .rows = rows,
                                           .layer = g.layers - 1};
@@ -119,7 +124,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
                                    .moments = moments,
                                    .fold = on_fold,
                                    .m = m[1],
-                                   .pool = pool[1],
+                                   .pool = page0[1],
                                    .slot = on_slot,
                                    .geometry = g,
                                    .layer = g.layers - 1,
@@ -149,7 +154,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
         for (uint32_t i = 0; slot[r] != UINT32_MAX && i < 2 * n / 4; i++) {
             uint32_t kv = i / (n / 4), at = i % (n / 4);
             uint64_t to =
-                slot[r] / g.page_tokens * (skv_page_bytes(&g) / 2) +
+                (slot[r] / g.page_tokens - FIRST_PAGE) * (skv_page_bytes(&g) / 2) +
                 hstu_page_offset(&g, g.layers - 1, kv, at / g.head_dim, slot[r] % g.page_tokens) +
                 at % g.head_dim;
             cr_assert_eq(page[to], host[1][(uint64_t)r * n + (kv ? 1 : 3) * (n / 4) + at]);
