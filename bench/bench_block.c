@@ -5,8 +5,8 @@
  *
  * "block" is the layers alone, one graph, timed by events, L2 emptied before each run; "gated" the
  * same with open gates; "pass" the whole graph with pull and head; "launch" what the worker sees of
- * hstu_runner_launch(). The floor is the products at 700 TFLOP/s and the attention (exact mask) at
- * 600, one after the other. Weights, pages and tokens are random. */
+ * hstu_runner_launch(). The three graphs run by turns. The floor is the products at 700 TFLOP/s and
+ * the attention (exact mask) at 600, one after the other. Weights, pages and tokens are random. */
 #include <cuda_runtime_api.h>
 #include <getopt.h>
 #include <math.h>
@@ -20,17 +20,31 @@
 #include "cuda_state.h"
 #include "device.h"
 
-enum { CANDIDATES = 256, MAX_BATCH = 8, MAX_HISTORY = 4096, MAX_RUNS = 4000, FLUSH = 256 << 20 };
+enum {
+    CANDIDATES = 256,
+    MAX_BATCH = 8,
+    MAX_HISTORY = 4096,
+    MAX_GRAPHS = 3,
+    MAX_RUNS = 4000, /* a multiple of TURN */
+    TURN = 5,
+    FLUSH = 256 << 20
+};
 
 static double seconds = 1;
 static bool csv;
 static uint32_t only_batch, only_history, only_new;
 
 static void *flush_memory;
-static cudaEvent_t before[MAX_RUNS], after[MAX_RUNS];
+static cudaEvent_t before[TURN], after[TURN];
+static double samples[MAX_GRAPHS][MAX_RUNS];
 
 struct times {
     double median, p90; /* microseconds */
+};
+
+struct timed {
+    uint32_t instance; /* of the graph */
+    struct times times;
 };
 
 static void check(int status, const char *what)
@@ -52,51 +66,54 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static struct times summarise(double *samples, uint32_t count)
+static struct times summarise(double *sample, uint32_t count)
 {
-    qsort(samples, count, sizeof *samples, ascending);
-    return (struct times){samples[count / 2], samples[count * 9 / 10]};
+    qsort(sample, count, sizeof *sample, ascending);
+    return (struct times){sample[count / 2], sample[count * 9 / 10]};
 }
 
-/* Runs a graph, cold, for `seconds`, at least 10 times. */
-static struct times time_graph(struct hstu_cuda *c, uint32_t rows, uint32_t instance)
+/* Runs the graphs of these instances, cold, for `seconds` each, at least 10 times: a few runs of
+ * one, a few of the next, so that a board that warms up slows all of them alike. */
+static void time_graphs(struct hstu_cuda *c, uint32_t rows, struct timed *timed, uint32_t count)
 {
-    static double samples[MAX_RUNS];
-    cudaGraphExec_t graph;
-    check(hstu_cuda_graph(c, rows, instance, &graph), "capturing");
-    for (int i = 0; i < 3; i++)
-        check_cuda(cudaGraphLaunch(graph, c->stream));
+    cudaGraphExec_t graph[MAX_GRAPHS];
+    for (uint32_t k = 0; k < count; k++) {
+        check(hstu_cuda_graph(c, rows, timed[k].instance, &graph[k]), "capturing");
+        for (int i = 0; i < 3; i++)
+            check_cuda(cudaGraphLaunch(graph[k], c->stream));
+    }
     check_cuda(cudaStreamSynchronize(c->stream));
-    uint64_t end = skv_now_ns() + (uint64_t)(seconds * 1e9);
+    uint64_t end = skv_now_ns() + (uint64_t)(count * seconds * 1e9);
     uint32_t runs = 0;
-    while (runs < MAX_RUNS && (runs < 10 || skv_now_ns() < end)) {
-        for (uint32_t i = 0; i < 5 && runs < MAX_RUNS; i++, runs++) {
-            check(cuda_flush(flush_memory, FLUSH, c->stream), "flush");
-            check_cuda(cudaEventRecord(before[runs], c->stream));
-            check_cuda(cudaGraphLaunch(graph, c->stream));
-            check_cuda(cudaEventRecord(after[runs], c->stream));
+    for (; runs < MAX_RUNS && (runs < 10 || skv_now_ns() < end); runs += TURN)
+        for (uint32_t k = 0; k < count; k++) {
+            for (uint32_t i = 0; i < TURN; i++) {
+                check(cuda_flush(flush_memory, FLUSH, c->stream), "flush");
+                check_cuda(cudaEventRecord(before[i], c->stream));
+                check_cuda(cudaGraphLaunch(graph[k], c->stream));
+                check_cuda(cudaEventRecord(after[i], c->stream));
+            }
+            check_cuda(cudaStreamSynchronize(c->stream));
+            for (uint32_t i = 0; i < TURN; i++) {
+                float ms;
+                check_cuda(cudaEventElapsedTime(&ms, before[i], after[i]));
+                samples[k][runs + i] = ms * 1000.0;
+            }
         }
-        check_cuda(cudaStreamSynchronize(c->stream));
-    }
-    for (uint32_t i = 0; i < runs; i++) {
-        float ms;
-        check_cuda(cudaEventElapsedTime(&ms, before[i], after[i]));
-        samples[i] = ms * 1000.0;
-    }
-    return summarise(samples, runs);
+    for (uint32_t k = 0; k < count; k++)
+        timed[k].times = summarise(samples[k], runs);
 }
 
 /* What launch() costs its caller; the pass is waited for in between. */
 static struct times time_launch(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t batch)
 {
-    double samples[100];
     for (uint32_t i = 0; i < 100; i++) {
         uint64_t start = skv_now_ns();
         check(hstu_backend_cuda.launch(c, s, batch, false), "launch");
-        samples[i] = (double)(skv_now_ns() - start) / 1000.0;
+        samples[0][i] = (double)(skv_now_ns() - start) / 1000.0;
         check(hstu_backend_cuda.wait(c, NULL, 10000), "wait");
     }
-    return summarise(samples, 100);
+    return summarise(samples[0], 100);
 }
 
 static double floor_us(const struct hstu_model *m, uint32_t batch, uint32_t history, uint32_t n)
@@ -141,9 +158,10 @@ static void cell(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t ba
     double waste = 100.0 * (size - rows) / size;
     check(hstu_backend_cuda.launch(c, s, batch, false), "launch");
     check(hstu_backend_cuda.wait(c, NULL, 10000), "wait");
-    struct times block = time_graph(c, size, HSTU_CUDA_BLOCK);
-    struct times gated = time_graph(c, size, HSTU_CUDA_BLOCK | HSTU_CUDA_GATED);
-    struct times pass = time_graph(c, size, 0);
+    struct timed graphs[MAX_GRAPHS] = {
+        {.instance = HSTU_CUDA_BLOCK}, {.instance = HSTU_CUDA_BLOCK | HSTU_CUDA_GATED}, {0}};
+    time_graphs(c, size, graphs, MAX_GRAPHS);
+    const struct times block = graphs[0].times, gated = graphs[1].times, pass = graphs[2].times;
     struct times launch = time_launch(c, s, batch);
     double least = floor_us(&c->model, batch, history, n);
     const struct peer *peer = peer_of(batch, history, n);
@@ -222,7 +240,7 @@ int main(int argc, char **argv)
     check(skv_pinned_alloc(device, 4096, (void **)&gates), "gates");
     for (uint32_t i = 0; i < SKV_MAX_LAYERS; i++)
         gates[i] = 1;
-    for (uint32_t i = 0; i < MAX_RUNS; i++) {
+    for (uint32_t i = 0; i < TURN; i++) {
         check_cuda(cudaEventCreate(&before[i]));
         check_cuda(cudaEventCreate(&after[i]));
     }
