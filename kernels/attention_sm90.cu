@@ -3,12 +3,14 @@
  * hstu_attention_path in cuda_pass.h and the mask in layers.h.
  *
  * One block an SM, persistent; clusters of two blocks walk the work list two items at a time
- * (attention_sm90_item.cuh). A block is a producer warp and two consumer warpgroups of 64 query
- * rows each:
+ * (attention_sm90_item.cuh). A block is a few producer warps and two consumer warpgroups of 64
+ * query rows each:
  *
- *   producer   brings items to shared memory, and keeps a ring of slots full: 128 keys of K as
- *              D/64 parts [128 keys][64 dims], then of V as D/64 parts [D/64 chunks]
- *              [128 * 64/D keys][64 dims], then the next 128 keys; two parts a slot, or D/64
+ *   producers  keep a ring of slots full: 128 keys of K as D/64 parts [128 keys][64 dims], then of
+ *              V as D/64 parts [D/64 chunks][128 * 64/D keys][64 dims], then the next 128 keys; two
+ *              parts a slot, or D/64. Each has its own slot of every tile: one alone, which takes
+ *              1,000 cycles a slot, would be slower than the products. The first one brings items
+ *              to shared memory, the first one of V brings q
  *   consumer   s = q k^T (both from shared memory), p = SiLU(s / sqrt(D)) to bf16 in registers,
  *              o += p v (p as the register operand). o stays in registers for the whole item
  *
@@ -43,7 +45,7 @@ template <int D> struct control {
     uint64_t empty[config<D>::SLOTS]; /* every consumer warp of both blocks -> producer */
     uint64_t q_full[WARPGROUPS];      /* TMA -> that warpgroup */
     uint64_t q_empty[WARPGROUPS];
-    uint64_t item_full[2]; /* producer -> consumers */
+    uint64_t item_full[2]; /* first producer -> consumers, other producers */
     uint64_t item_empty[2];
     struct item item[2];
 };
@@ -98,7 +100,11 @@ template <int D> struct layout {
     }
 };
 
-/* ---- producer: one warp; lanes issue boxes side by side ---- */
+/* ---- producers: a warp for each slot of a tile; lanes issue boxes side by side ---- */
+
+template <int D> constexpr uint32_t PRODUCERS = 2 * config<D>::KV_SLOTS;
+static_assert(PRODUCERS<256> <= 4, "there is one warpgroup");
+constexpr uint32_t V_PRODUCERS = 5; /* a named barrier; consumers have 1 to 4 */
 
 /* The ids of 32 consecutive pages of a sequence, one a lane. */
 struct page_window {
@@ -118,15 +124,17 @@ __device__ __forceinline__ uint4 ask(const struct parameters &p, uint32_t unit)
 }
 
 template <int D> struct producer {
+    static constexpr uint32_t KV_SLOTS = config<D>::KV_SLOTS;
+
     const struct parameters &p;
     struct layout<D> at;
-    uint32_t lane;
+    uint32_t which, lane; /* which: of a tile's slots it fills */
     struct cursor<D> ring;
     bool waited; /* for the kernel before */
 
     __device__ __forceinline__ producer(const struct parameters &p_, const struct layout<D> &at_,
-                                        uint32_t lane_)
-        : p(p_), at(at_), lane(lane_), ring{0, 0}, waited(false)
+                                        uint32_t which_, uint32_t lane_)
+        : p(p_), at(at_), which(which_), lane(lane_), ring{which_, 0}, waited(false)
     {
     }
 
@@ -138,7 +146,8 @@ template <int D> struct producer {
             return;
         mma::dependency_wait();
         /* In this order: the gate's blocks, which come where ours have gone, rely on m at once. */
-        mma::dependency_trigger();
+        if (which == KV_SLOTS)
+            mma::dependency_trigger();
         waited = true;
     }
 
@@ -179,7 +188,7 @@ template <int D> struct producer {
         return (plane << p.page_shift) + (key & ((1 << p.page_shift) - 1));
     }
 
-    /* One slot of a tile's K: 64 dims a part. */
+    /* A slot of a tile's K: 64 dims a part. */
     __device__ __forceinline__ void load_k(const struct item *it, const struct tile &tile,
                                            const struct page_window &window, uint32_t slot)
     {
@@ -198,10 +207,9 @@ template <int D> struct producer {
                 load(at.part(ring, part) + lane * rows * ROW_BYTES, part, map, row,
                      column + slot * PARTS + part, it->joined);
         __syncwarp();
-        ring.advance(1);
     }
 
-    /* One slot of a tile's V: V_KEYS keys a part, all dims. */
+    /* A slot of a tile's V: V_KEYS keys a part, all dims. */
     __device__ __forceinline__ void load_v(const struct item *it, const struct tile &tile,
                                            const struct page_window &window, uint32_t slot)
     {
@@ -233,12 +241,10 @@ template <int D> struct producer {
                      column + chunk, it->joined);
             __syncwarp();
         }
-        ring.advance(1);
     }
 
     __device__ __forceinline__ void load_q(const struct item *it, uint32_t use)
     {
-        wait_for_m();
 #pragma unroll 1
         for (int g = 0; g < WARPGROUPS; g++) {
             uint32_t full = shared_address(&at.control->q_full[g]);
@@ -255,61 +261,76 @@ template <int D> struct producer {
         __syncwarp();
     }
 
+    /* Item n, and in the first producer what `next` asked for becomes it. */
+    __device__ __forceinline__ const struct item *take(uint32_t n, uint4 next)
+    {
+        struct item *it = &at.control->item[n & 1];
+        const uint32_t full = shared_address(&at.control->item_full[n & 1]);
+        if (which > 0) {
+            barrier_wait(full, n >> 1 & 1);
+            return it;
+        }
+        barrier_wait(shared_address(&at.control->item_empty[n & 1]), (n >> 1 & 1) ^ 1);
+        if (lane < ITEM_CHUNKS)
+            reinterpret_cast<uint4 *>(it)[lane] = next;
+        __syncwarp();
+        if (lane == 0) /* releases the item to the others; syncwarp does to our own lanes */
+            barrier_arrive(full);
+        __syncwarp();
+        return it;
+    }
+
     __device__ __forceinline__ void run(uint4 next)
     {
-        constexpr int KV_SLOTS = config<D>::KV_SLOTS;
         for (uint32_t n = 0;; n++) {
-            struct item *it = &at.control->item[n & 1];
-            barrier_wait(shared_address(&at.control->item_empty[n & 1]), (n >> 1 & 1) ^ 1);
-            if (lane < ITEM_CHUNKS)
-                reinterpret_cast<uint4 *>(it)[lane] = next;
-            __syncwarp();
-            if (lane == 0) /* releases the item to the consumers; syncwarp does to our own lanes */
-                barrier_arrive(shared_address(&at.control->item_full[n & 1]));
-            __syncwarp();
-            if (it->steps == 0) {
-                wait_for_m(); /* the grid ends after the one before it, whatever there was to do */
-                for (int i = 0; i < config<D>::SLOTS; i++, ring.advance(1))
-                    wait_slot(); /* the other block arrives here no more */
-                return;
-            }
+            const struct item *it = take(n, next);
+            if (it->steps == 0)
+                break;
             struct page_window window = {-32, 0};
-            /* The ring has a slot to spare beyond a whole tile: it is free before Q is, when an
-             * item ends. The first tile of all need not wait for m, if it is of pages. (Its V
-             * before m is slower: what comes early is taken from UVQK.) */
-            const int q_after = (n == 0 && it->tiles[0] > 0 ? KV_SLOTS : 1) - 1;
 #pragma unroll 1
             for (int32_t t = 0; t < it->steps; t++) {
                 struct tile tile = tile_at(it, t);
                 int32_t page = tile.start >> p.page_shift;
-                if (tile.kind != 0)
-                    wait_for_m();
                 if (tile.kind == 0 && ((tile.end - 1) >> p.page_shift) >= window.base + 32) {
                     window.base = page;
                     window.id = it->page[min(page + (int32_t)lane, it->pages - 1)];
                 }
-#pragma unroll 1
-                for (int slot = 0; slot < KV_SLOTS; slot++) {
-                    load_k(it, tile, window, slot);
-                    if (t == 0 && slot == q_after)
+                const bool is_k = which < KV_SLOTS;
+                /* The first K of all need not wait for m, if it is of pages. (V before m is slower:
+                 * what comes early is taken from UVQK.) */
+                if (tile.kind != 0 || !is_k)
+                    wait_for_m();
+                if (t == 0 && !is_k) { /* V comes behind q */
+                    if (which == KV_SLOTS)
                         load_q(it, n);
+                    if (KV_SLOTS > 1)
+                        named_sync(V_PRODUCERS, 32 * KV_SLOTS);
                 }
-#pragma unroll 1
-                for (int slot = 0; slot < KV_SLOTS; slot++)
-                    load_v(it, tile, window, slot);
-                if (t == 0) /* while the consumers are busy */
-                    next = ask(p, it->work.next);
+                if (is_k)
+                    load_k(it, tile, window, which);
+                else
+                    load_v(it, tile, window, which - KV_SLOTS);
+                ring.advance(2 * KV_SLOTS);
+                if (which == 0 && t == 0)
+                    next = ask(p, it->work.next); /* while the consumers are busy */
             }
+            if (which > 0 && lane == 0)
+                barrier_arrive(shared_address(&at.control->item_empty[n & 1]));
         }
+        wait_for_m(); /* the grid ends after the one before it, whatever there was to do */
+        if (which > 0)
+            return;
+        for (int i = 0; i < config<D>::SLOTS; i++, ring.advance(1))
+            wait_slot(); /* the other block arrives here no more */
     }
 };
 
 /* ---- consumers ---- */
 
-/* Barriers 1 and 2 hand the tensor cores round: a warpgroup syncs on its own and arrives at the
- * next one's. Before the first turn the last warpgroup arrives for the first, and after the last
- * turn the first one syncs once more, so that arrivals and syncs pair up. Barriers 3 and 4 are a
- * warpgroup's own. */
+/* Named barriers 1 and 2 hand the tensor cores round: a warpgroup syncs on its own and arrives at
+ * the next one's. Before the first turn the last warpgroup arrives for the first, and after the
+ * last turn the first one syncs once more, so that arrivals and syncs pair up. Barriers 3 and 4 are
+ * a warpgroup's own. */
 struct turns {
     uint32_t group;
     __device__ __forceinline__ void wait() const
@@ -664,7 +685,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(shared_address(&c->item_full[i]), 1);
-            barrier_init(shared_address(&c->item_empty[i]), 4 * WARPGROUPS);
+            barrier_init(shared_address(&c->item_empty[i]), 4 * WARPGROUPS + PRODUCERS<D> - 1);
         }
         barrier_init_fence();
         /* Their first use waits for nothing then, once m is there. */
@@ -677,8 +698,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp < 4) {
         registers_shrink<PRODUCER_REGISTERS>();
-        if (warp == 0) {
-            struct producer<D> producer(p, at, lane);
+        if (warp < PRODUCERS<D>) {
+            struct producer<D> producer(p, at, warp, lane);
             producer.run(first);
         }
     } else {
