@@ -598,6 +598,7 @@ template <int D> struct consumer {
         release_read<COMMITS>(v);
         pin<N / 4>(weights);
         pin<D / 2>(o);
+        ring.advance(2 * KV_SLOTS);
     }
 
     /* A tile that no row of ours sees: keep the turns and the ring going. */
@@ -615,6 +616,7 @@ template <int D> struct consumer {
             }
             release(slot);
         }
+        ring.advance(2 * KV_SLOTS);
     }
 
     __device__ __forceinline__ void run()
@@ -638,16 +640,20 @@ template <int D> struct consumer {
                 struct view view = look(it, tile, position(it), rows_of(it));
                 int32_t from = uniform(view.from), to = uniform(view.to);
                 int32_t masked = uniform(view.masked);
-                bool last = t + 1 == steps;
+                const bool last = t + 1 == steps;
                 if (to <= from)
                     skip(last);
                 else if (to <= HALF || from >= HALF)
                     step<HALF, true>(o, it, tile, view.valid, from >= HALF, last);
                 else if (masked)
                     step<KEYS, true>(o, it, tile, view.valid, 0, last);
-                else
-                    step<KEYS, false>(o, it, tile, view.valid, 0, last);
-                ring.advance(2 * KV_SLOTS);
+                else { /* at once all that are alike: decoding costs small head dims a tenth */
+                    int32_t alike = uniform(whole_tiles(it, tile, position(it)));
+                    t += alike - 1;
+#pragma unroll 1
+                    for (; alike > 0; alike--)
+                        step<KEYS, false>(o, it, tile, KEYS, 0, alike == 1 && t + 1 == steps);
+                }
             }
             store(o, it);
             __syncwarp();

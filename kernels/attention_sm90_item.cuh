@@ -243,6 +243,14 @@ __device__ __forceinline__ struct view look(const struct item *it, const struct 
     return v;
 }
 
+/* Of a tile that rows from position `first` on see whole: how many such there are from it on,
+ * itself included, in its span. */
+__device__ __forceinline__ int32_t whole_tiles(const struct item *it, const struct tile &tile,
+                                               int32_t first)
+{
+    return min(it->span[tile.kind].end - tile.start, first + 1 - tile.start) / KEYS;
+}
+
 /* Two rows a thread, eight apart: the keys that each may see are [low, low + count), relative to
  * the tile. */
 struct row_mask {
