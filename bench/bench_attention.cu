@@ -8,7 +8,7 @@
  *   --group g, --heads H, --seconds s (of timing, a shape)
  *
  * It makes its own batches (attention_problem.cuh), so it needs neither the runner nor the daemon:
- * one path, cuda_plan.c, log.c. The checks are in attention_check.cuh; here are timing and main. */
+ * one path, the planner, log.c. The checks are in attention_check.cuh; here are timing and main. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

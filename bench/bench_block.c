@@ -7,6 +7,7 @@
  * same with open gates; "pass" the whole graph with pull and head; "launch" what the worker sees of
  * hstu_runner_launch(). The three graphs run by turns. The floor is the products at 700 TFLOP/s and
  * the attention (exact mask) at 600, one after the other. Weights, pages and tokens are random. */
+#include <assert.h>
 #include <cuda_runtime_api.h>
 #include <getopt.h>
 #include <math.h>
@@ -24,8 +25,8 @@ enum {
     CANDIDATES = 256,
     MAX_BATCH = 8,
     MAX_HISTORY = 4096,
-    MAX_GRAPHS = 3,
-    MAX_RUNS = 4000, /* a multiple of TURN */
+    GRAPHS = 3,
+    MAX_RUNS = 4000,
     TURN = 5,
     FLUSH = 256 << 20
 };
@@ -36,7 +37,6 @@ static uint32_t only_batch, only_history, only_new;
 
 static void *flush_memory;
 static cudaEvent_t before[TURN], after[TURN];
-static double samples[MAX_GRAPHS][MAX_RUNS];
 
 struct times {
     double median, p90; /* microseconds */
@@ -66,27 +66,29 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static struct times summarise(double *sample, uint32_t count)
+static struct times summarise(double *samples, uint32_t count)
 {
-    qsort(sample, count, sizeof *sample, ascending);
-    return (struct times){sample[count / 2], sample[count * 9 / 10]};
+    qsort(samples, count, sizeof *samples, ascending);
+    return (struct times){samples[count / 2], samples[count * 9 / 10]};
 }
 
 /* Runs the graphs of these instances, cold, for `seconds` each, at least 10 times: a few runs of
  * one, a few of the next, so that a board that warms up slows all of them alike. */
-static void time_graphs(struct hstu_cuda *c, uint32_t rows, struct timed *timed, uint32_t count)
+static void time_graphs(struct hstu_cuda *c, uint32_t rows, struct timed timed[GRAPHS])
 {
-    cudaGraphExec_t graph[MAX_GRAPHS];
-    for (uint32_t k = 0; k < count; k++) {
+    static double samples[GRAPHS][MAX_RUNS];
+    static_assert(MAX_RUNS % TURN == 0, "whole turns");
+    cudaGraphExec_t graph[GRAPHS];
+    for (uint32_t k = 0; k < GRAPHS; k++) {
         check(hstu_cuda_graph(c, rows, timed[k].instance, &graph[k]), "capturing");
         for (int i = 0; i < 3; i++)
             check_cuda(cudaGraphLaunch(graph[k], c->stream));
     }
     check_cuda(cudaStreamSynchronize(c->stream));
-    uint64_t end = skv_now_ns() + (uint64_t)(count * seconds * 1e9);
+    uint64_t end = skv_now_ns() + (uint64_t)(GRAPHS * seconds * 1e9);
     uint32_t runs = 0;
     for (; runs < MAX_RUNS && (runs < 10 || skv_now_ns() < end); runs += TURN)
-        for (uint32_t k = 0; k < count; k++) {
+        for (uint32_t k = 0; k < GRAPHS; k++) {
             for (uint32_t i = 0; i < TURN; i++) {
                 check(cuda_flush(flush_memory, FLUSH, c->stream), "flush");
                 check_cuda(cudaEventRecord(before[i], c->stream));
@@ -100,20 +102,21 @@ static void time_graphs(struct hstu_cuda *c, uint32_t rows, struct timed *timed,
                 samples[k][runs + i] = ms * 1000.0;
             }
         }
-    for (uint32_t k = 0; k < count; k++)
+    for (uint32_t k = 0; k < GRAPHS; k++)
         timed[k].times = summarise(samples[k], runs);
 }
 
 /* What launch() costs its caller; the pass is waited for in between. */
 static struct times time_launch(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t batch)
 {
+    double samples[100];
     for (uint32_t i = 0; i < 100; i++) {
         uint64_t start = skv_now_ns();
         check(hstu_backend_cuda.launch(c, s, batch, false), "launch");
-        samples[0][i] = (double)(skv_now_ns() - start) / 1000.0;
+        samples[i] = (double)(skv_now_ns() - start) / 1000.0;
         check(hstu_backend_cuda.wait(c, NULL, 10000), "wait");
     }
-    return summarise(samples[0], 100);
+    return summarise(samples, 100);
 }
 
 static double floor_us(const struct hstu_model *m, uint32_t batch, uint32_t history, uint32_t n)
@@ -158,9 +161,9 @@ static void cell(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t ba
     double waste = 100.0 * (size - rows) / size;
     check(hstu_backend_cuda.launch(c, s, batch, false), "launch");
     check(hstu_backend_cuda.wait(c, NULL, 10000), "wait");
-    struct timed graphs[MAX_GRAPHS] = {
+    struct timed graphs[GRAPHS] = {
         {.instance = HSTU_CUDA_BLOCK}, {.instance = HSTU_CUDA_BLOCK | HSTU_CUDA_GATED}, {0}};
-    time_graphs(c, size, graphs, MAX_GRAPHS);
+    time_graphs(c, size, graphs);
     const struct times block = graphs[0].times, gated = graphs[1].times, pass = graphs[2].times;
     struct times launch = time_launch(c, s, batch);
     double least = floor_us(&c->model, batch, history, n);

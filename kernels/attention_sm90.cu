@@ -41,12 +41,13 @@ namespace
 
 /* In shared memory, behind Q and the ring. */
 template <int D> struct control {
-    uint64_t full[config<D>::SLOTS];  /* producers' TMA -> consumers of this block */
-    uint64_t empty[config<D>::SLOTS]; /* every consumer warp of both blocks -> producer */
-    uint64_t q_full[WARPGROUPS];      /* TMA -> that warpgroup */
-    uint64_t q_empty[WARPGROUPS];
-    uint64_t item_full[2]; /* first producer -> consumers, other producers */
-    uint64_t item_empty[2];
+    uint64_t full[config<D>::SLOTS]; /* producers' TMA -> consumers of this block */
+    uint64_t
+        empty[config<D>::SLOTS];  /* consumer warps of both blocks -> producer of the next use */
+    uint64_t q_full[WARPGROUPS];  /* TMA -> that warpgroup */
+    uint64_t q_empty[WARPGROUPS]; /* its warps -> first producer of V */
+    uint64_t item_full[2];        /* first producer -> consumer warps, other producers */
+    uint64_t item_empty[2];       /* they -> first producer */
     struct item item[2];
 };
 
@@ -104,6 +105,11 @@ template <int D> struct layout {
 
 template <int D> constexpr uint32_t PRODUCERS = 2 * config<D>::KV_SLOTS;
 static_assert(PRODUCERS<256> <= 4, "there is one warpgroup");
+/* A barrier's parity tells one phase from the next, not from the one after that. When a producer
+ * waits for what its slot had last, what the slot had before is gone: for the tile before it has
+ * waited for something later, and a warp's arrivals come in the order of its releases. */
+template <int D> constexpr bool PARITY_TELLS = config<D>::SLOTS >= (int)PRODUCERS<D>;
+static_assert(PARITY_TELLS<256> && PARITY_TELLS<128> && PARITY_TELLS<64>);
 constexpr uint32_t V_PRODUCERS = 5; /* a named barrier; consumers have 1 to 4 */
 
 /* The ids of 32 consecutive pages of a sequence, one a lane. */
@@ -113,7 +119,8 @@ struct page_window {
 };
 
 /* This block's part of a unit, 16 bytes a lane; behind the last unit zeros: no steps. Past the L1:
- * nothing has been waited for yet when the first one is asked for. */
+ * nothing has been waited for yet when the first one is asked for. (Page ids are older still: the
+ * kernels before have waited for the one that brought them.) */
 __device__ __forceinline__ uint4 ask(const struct parameters &p, uint32_t unit)
 {
     const uint4 *part = p.units + ((uint64_t)unit * 2 + cluster_rank()) * ITEM_CHUNKS;
@@ -145,7 +152,8 @@ template <int D> struct producer {
         if (waited)
             return;
         mma::dependency_wait();
-        /* In this order: the gate's blocks, which come where ours have gone, rely on m at once. */
+        /* In this order: the gate's blocks, which come where ours have gone, rely on m at once.
+         * Once a block is enough; V's first producer waits before all others that need not. */
         if (which == KV_SLOTS)
             mma::dependency_trigger();
         waited = true;
@@ -166,8 +174,9 @@ template <int D> struct producer {
         __syncwarp();
     }
 
-    /* Into a part of the open slot. In a joined unit the blocks take the parts in turn, each for
-     * both: a slot is empty only when both blocks' consumers have said so. */
+    /* Into a part of the open slot. In a joined unit the blocks take the parts in turn (where a
+     * slot is one part, one block has K and the other V), each for both: a slot is empty only when
+     * both blocks' consumers have said so. */
     __device__ __forceinline__ void load(uint32_t to, uint32_t part, const CUtensorMap *map,
                                          uint32_t row, uint32_t chunk, bool joined)
     {
@@ -296,11 +305,12 @@ template <int D> struct producer {
                     window.id = it->page[min(page + (int32_t)lane, it->pages - 1)];
                 }
                 const bool is_k = which < KV_SLOTS;
-                /* The first K of all need not wait for m, if it is of pages. (V before m is slower:
-                 * what comes early is taken from UVQK.) */
+                /* K of pages need not wait for m. (V before m is slower: what comes early is taken
+                 * from UVQK.) */
                 if (tile.kind != 0 || !is_k)
                     wait_for_m();
-                if (t == 0 && !is_k) { /* V comes behind q */
+                if (t == 0 &&
+                    !is_k) { /* V comes behind q, which is needed first: faster, no more */
                     if (which == KV_SLOTS)
                         load_q(it, n);
                     if (KV_SLOTS > 1)
@@ -314,6 +324,7 @@ template <int D> struct producer {
                 if (which == 0 && t == 0)
                     next = ask(p, it->work.next); /* while the consumers are busy */
             }
+            __syncwarp();
             if (which > 0 && lane == 0)
                 barrier_arrive(shared_address(&at.control->item_empty[n & 1]));
         }
@@ -321,7 +332,8 @@ template <int D> struct producer {
         if (which > 0)
             return;
         for (int i = 0; i < config<D>::SLOTS; i++, ring.advance(1))
-            wait_slot(); /* the other block arrives here no more */
+            wait_slot(); /* all that was ever loaded is read: the other block arrives here no more
+                          */
     }
 };
 

@@ -32,7 +32,7 @@ constexpr int WARPGROUPS = 2;           /* consumers of a block, 64 query rows e
 constexpr int ROWS = 64 * WARPGROUPS;   /* of an item */
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 /* Registers a thread, multiples of 8. The launch gives all three warpgroups 168; setmaxnreg moves
- * the producer's to the consumers: 40 + 2 * 232 = 3 * 168. */
+ * the producers' to the consumers: 40 + 2 * 232 = 3 * 168. */
 constexpr uint32_t PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
 /* What follows from the head dim. */

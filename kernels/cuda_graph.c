@@ -2,13 +2,14 @@
  * first needed (a few milliseconds), launched with one call ever after. Batch and lengths are data
  * behind fixed addresses; only the number of rows is in the graph.
  *
- *   pull -> L x { [gate l] -> norm -> UVQK -> activate -> attention -> gate -> projection } -> head
+ *   pull -> L x { [wait l] -> norm -> UVQK -> activate -> attention -> gate -> projection } -> head
  *
  * or, fused (uvqk_sm90.cu, project_sm90.cu),
  *
- *   pull -> prepare -> L x { [gate l] -> UVQK -> attention -> gate -> projection } -> head
+ *   pull -> prepare -> L x { [wait l] -> UVQK -> attention -> gate -> projection } -> head
  *
- * The waits form a branch of their own, which runs ahead while the layers compute. On Hopper a
+ * The waits for gates form a branch of their own, which runs ahead while the layers compute; up to
+ * GATE_AHEAD_ROWS wait l + 1 stands before the gate kernel of layer l. On Hopper a
  * kernel may start while the one before it ends (programmatic dependent launch): it then waits,
  * itself, for what that one writes. Every such kernel lets the next start only after its own wait,
  * so what is older than the kernel before may be read at once. */
@@ -41,7 +42,8 @@ uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index)
 /* ---- one pass, enqueued ---- */
 
 /* Up to so many rows the next layer's gate goes before y: of a layer's kernels y loses the least by
- * not starting early. In a larger graph that would only be a wait too soon. */
+ * not starting early (2.5 us; elsewhere 2.9 to 3.1, docs/benchmarks.md). In a larger graph that
+ * would only be a wait too soon. */
 enum { GATE_AHEAD_ROWS = 4352 };
 
 /* Up to so many rows, a layer's activations stay in the L2 if weights, and what attention reads,

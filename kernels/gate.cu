@@ -11,9 +11,10 @@
 namespace
 {
 
-/* Of u, which is older than the kernel before and is read before that one has ended: past the L1,
- * which nothing has emptied for certain. Nobody reads it again. */
-__device__ __forceinline__ uint4 load_last(const uint4 *from)
+/* u is older than the kernel before, and is read before that one has ended: past the L1, which
+ * nothing has emptied for certain. It leaves the L2 first, as nobody reads it again (by __ldcg(),
+ * as slices are read, the pass takes 0.3 to 0.6 % longer). */
+__device__ __forceinline__ uint4 load_u(const uint4 *from)
 {
     uint4 v;
 #if __CUDA_ARCH__ >= 900
@@ -78,7 +79,7 @@ template <int THREADS, int CHUNKS, int SLICES, bool MANY> struct gate_team {
         const uint4 *u = static_cast<const uint4 *>(a.m) + (uint64_t)row * chunks * 4;
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++)
-            gate[i] = slices > 0 && in(i) ? load_last(u + at(i)) : uint4{};
+            gate[i] = slices > 0 && in(i) ? load_u(u + at(i)) : uint4{};
     }
     /* Slices [from, from + SLICES) of the row, as far as it has them. */
     __device__ __forceinline__ void ask_sums(uint32_t row, uint32_t from, uint32_t slices)

@@ -203,7 +203,8 @@ static void check_model(struct hstu_model model, const char *kernels)
                                 sequence(r, 5, 70, 2 * S - 1 < 70 ? 2 * S - 1 : 69, 1, true)};
     for (size_t b = 0; b < sizeof s / sizeof *s; b++)
         prefill(r, &s[b]);
-    snprintf(name, sizeof name, "D %u S %u g %u", model.geometry.head_dim, S, model.group);
+    snprintf(name, sizeof name, "%u heads, D %u S %u g %u", model.geometry.heads,
+             model.geometry.head_dim, S, model.group);
     check_pass(r, s, sizeof s / sizeof *s, name);
     rig_close(r);
 }

@@ -283,23 +283,35 @@ Test(plan, longest_units_come_first)
     }
 }
 
-/* A sequence of 4,352 keys is a party: the last one's units come first, each one's longest first.
+/* So many sequences alike, whose units come so many sequences at a time, in a graph of their rows.
  */
-Test(plan, units_of_long_sequences_come_in_parties)
+static const struct {
+    uint32_t batch, history, fresh, targets, together;
+} parties[] = {
+    {8, 4096, 4096, 256, 1},  {8, 2048, 2048, 256, 2}, {4, 8192, 8192, 0, 1},
+    {18, 4096, 3072, 256, 1}, {2, 4096, 2048, 256, 1}, {2, 4096, 1920, 256, 2},
+};
+
+/* The last sequences first; in a party longest first. */
+Test(plan, units_of_large_graphs_come_in_parties)
 {
-    struct hstu_sequence s[8];
-    for (uint32_t b = 0; b < 8; b++)
-        s[b] = sequence(4096, 0, 256);
-    const struct hstu_attention_path *const paths[] = {&small_tiles, &large_tiles};
-    for (uint32_t i = 0; i < 2; i++) {
-        uint32_t items = plan(paths[i], s, 8, 8 * 4352), at = 7, before = UINT32_MAX;
-        for (uint32_t k = 0; k < items; k += paths[i]->unit_items) {
-            uint32_t now = i == 0 ? length_of(cut(&work[k], work[k].rows, work[k].key1, 64))
-                                  : unit_length(&work[k]);
-            cr_assert_eq(work[k].sequence, now > before ? --at : at);
+    for (size_t i = 0; i < sizeof parties / sizeof *parties; i++) {
+        struct hstu_sequence s[SKV_MAX_BATCH];
+        const uint32_t batch = parties[i].batch, history = parties[i].history;
+        for (uint32_t b = 0; b < batch; b++)
+            s[b] = sequence(history, history - parties[i].fresh, parties[i].targets);
+        uint32_t items = plan(&large_tiles, s, batch, batch * rows_of(s));
+        uint32_t party = 0, before = UINT32_MAX;
+        cr_assert_gt(items, 0);
+        for (uint32_t k = 0; k < items; k += 2) {
+            const uint32_t now = unit_length(&work[k]);
+            party += now > before;
             before = now;
+            cr_assert_eq((batch - 1 - work[k].sequence) / parties[i].together, party,
+                         "batch %u of %u: sequence %u in party %u", batch, history,
+                         work[k].sequence, party);
         }
-        cr_assert_eq(at, 0);
+        cr_assert_eq(party, (batch - 1) / parties[i].together);
     }
 }
 
@@ -406,10 +418,10 @@ static int by_place(const void *a, const void *b)
 
 /* The items of sequence 0, in an order of their own. What comes after a unit is left out. */
 static uint32_t items_of_first(const struct hstu_attention_path *path,
-                               const struct hstu_sequence *sequences, uint32_t count,
+                               const struct hstu_sequence *sequences, uint32_t count, uint32_t rows,
                                struct hstu_work *out)
 {
-    uint32_t items = plan(path, sequences, count, 1024), found = 0;
+    uint32_t items = plan(path, sequences, count, rows), found = 0;
     for (uint32_t i = 0; i < items; i++)
         if (work[i].sequence == 0 && work[i].rows) {
             out[found] = work[i];
@@ -419,23 +431,35 @@ static uint32_t items_of_first(const struct hstu_attention_path *path,
     return found;
 }
 
-Test(plan, batch_mates_change_nothing)
+static void check_mates(const struct hstu_sequence *a, uint32_t a_count,
+                        const struct hstu_sequence *b, uint32_t b_count, uint32_t rows)
 {
     static const struct hstu_attention_path *const paths[] = {&small_tiles, &large_tiles,
                                                               &halved_tiles};
     static struct hstu_work with_a[ROOM], with_b[ROOM];
+    for (uint32_t i = 0; i < 3; i++)
+        for (geometry.heads = 1; geometry.heads <= 4; geometry.heads++) {
+            uint32_t items = items_of_first(paths[i], a, a_count, rows, with_a);
+            cr_assert_gt(items, 0);
+            cr_assert_eq(items_of_first(paths[i], b, b_count, rows, with_b), items);
+            cr_assert_eq(memcmp(with_a, with_b, items * sizeof *with_a), 0);
+            cr_assert_eq(items_of_first(paths[i], a, 1, rows, with_b), items);
+            cr_assert_eq(memcmp(with_a, with_b, items * sizeof *with_a), 0);
+        }
+}
+
+Test(plan, batch_mates_change_nothing)
+{
     struct hstu_sequence a[3] = {sequence(2000, 1700, 100), sequence(64, 0, 64),
                                  sequence(500, 100, 7)};
     struct hstu_sequence b[3] = {sequence(2000, 1700, 100), sequence(4000, 3600, 30),
                                  sequence(3, 0, 0)};
-    for (uint32_t i = 0; i < 3; i++)
-        for (geometry.heads = 1; geometry.heads <= 4; geometry.heads++) {
-            uint32_t items = items_of_first(paths[i], a, 3, with_a);
-            cr_assert_eq(items_of_first(paths[i], b, 3, with_b), items);
-            cr_assert_eq(memcmp(with_a, with_b, items * sizeof *with_a), 0);
-            cr_assert_eq(items_of_first(paths[i], a, 1, with_b), items);
-            cr_assert_eq(memcmp(with_a, with_b, items * sizeof *with_a), 0);
-        }
+    check_mates(a, 3, b, 3, 1024);
+    /* Three parties beside one. */
+    struct hstu_sequence c[3] = {sequence(4096, 2096, 256), sequence(4096, 1096, 256),
+                                 sequence(4096, 1096, 256)};
+    struct hstu_sequence d[2] = {sequence(4096, 2096, 256), sequence(100, 0, 3)};
+    check_mates(c, 3, d, 2, 9216);
 }
 
 Test(plan, random_batches_fit_the_capacity)
@@ -457,6 +481,16 @@ Test(plan, random_batches_fit_the_capacity)
         cr_assert_gt(items, 0);
         cr_assert_leq(items, hstu_plan_capacity(path, &geometry, rows, count));
     }
+}
+
+/* Each is more than a party has room for. */
+Test(plan, a_batch_of_as_many_parties_as_sequences_fits)
+{
+    struct hstu_sequence s[SKV_MAX_BATCH];
+    for (uint32_t b = 0; b < SKV_MAX_BATCH; b++)
+        s[b] = sequence(8192, 7936, 0);
+    uint32_t items = plan(&large_tiles, s, SKV_MAX_BATCH, SKV_MAX_BATCH * 256);
+    cr_assert_eq(items, SKV_MAX_BATCH * 2 * geometry.heads * row_slices[0]);
 }
 
 /* A head alone, whose few rows are cut as often as they may be. */
