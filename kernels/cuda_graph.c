@@ -42,7 +42,7 @@ uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index)
 /* ---- one pass, enqueued ---- */
 
 /* Up to so many rows the next layer's gate goes before y: of a layer's kernels y loses the least by
- * not starting early (2.5 us; elsewhere 2.9 to 3.1, docs/benchmarks.md). In a larger graph that
+ * not starting early (2.5 us; elsewhere 2.8 to 3.1, docs/benchmarks.md). In a larger graph that
  * would only be a wait too soon. */
 enum { GATE_AHEAD_ROWS = 4352 };
 
