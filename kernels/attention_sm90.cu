@@ -153,7 +153,7 @@ template <int D> struct producer {
             return;
         mma::dependency_wait();
         /* In this order: the gate's blocks, which come where ours have gone, rely on m at once.
-         * Once a block is enough; V's first producer waits before all others that need not. */
+         * Once a block is enough: by V's first producer, which waits in any item's first tile. */
         if (which == KV_SLOTS)
             mma::dependency_trigger();
         waited = true;

@@ -1,5 +1,5 @@
 /* The attention planner: cuts a batch into work items. Called by the CUDA runner before every
- * launch, on the CPU, in a few microseconds; plain C, needs no GPU.
+ * launch, on the CPU, in 1 to 15 microseconds; plain C, needs no GPU.
  *
  * A tile is tile_rows() consecutive query rows of one sequence and one head, or half as many where
  * a small graph's work spreads better so. Its keys are the history up to its last row, then, for
@@ -60,7 +60,7 @@ struct place {
 };
 
 /* The last sequences first, whose K and V are what UVQK wrote last: party i has sequences
- * first[i + 1] to first[i] - 1, the last party what is left. */
+ * first[i + 1] to first[i] - 1. */
 struct parties {
     uint32_t count, first[SKV_MAX_BATCH + 1];
 };
