@@ -99,7 +99,8 @@ static void send_message(struct fuzz_input *in, int socket)
     if (drained == fuzz_witness.welcome.session) /* of our process, so it could be ended */
         return;
     if (socket >= 0)
-        skv_send_fds(socket, message, bytes, fds, count, 0); /* it may have been shut down */
+        /* It may have been shut down, or full: nobody reads meanwhile. */
+        skv_send_fds(socket, message, bytes, fds, count, MSG_DONTWAIT);
 }
 
 /* Takes what the daemon said; all of it must be sense. */
