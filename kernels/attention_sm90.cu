@@ -41,13 +41,12 @@ namespace
 
 /* In shared memory, behind Q and the ring. */
 template <int D> struct control {
-    uint64_t full[config<D>::SLOTS]; /* producers' TMA -> consumers of this block */
-    uint64_t
-        empty[config<D>::SLOTS];  /* consumer warps of both blocks -> producer of the next use */
-    uint64_t q_full[WARPGROUPS];  /* TMA -> that warpgroup */
-    uint64_t q_empty[WARPGROUPS]; /* its warps -> first producer of V */
-    uint64_t item_full[2];        /* first producer -> consumer warps, other producers */
-    uint64_t item_empty[2];       /* they -> first producer */
+    uint64_t full[config<D>::SLOTS];  /* producers' TMA -> consumers of this block */
+    uint64_t empty[config<D>::SLOTS]; /* consumer warps of both blocks -> next use's producer */
+    uint64_t q_full[WARPGROUPS];      /* TMA -> that warpgroup */
+    uint64_t q_empty[WARPGROUPS];     /* its warps -> first producer of V */
+    uint64_t item_full[2];            /* first producer -> consumer warps, other producers */
+    uint64_t item_empty[2];           /* they -> first producer */
     struct item item[2];
 };
 
@@ -309,8 +308,8 @@ template <int D> struct producer {
                  * from UVQK.) */
                 if (tile.kind != 0 || !is_k)
                     wait_for_m();
-                if (t == 0 &&
-                    !is_k) { /* V comes behind q, which is needed first: faster, no more */
+                /* V comes behind q, which is needed first: that is faster, no more. */
+                if (t == 0 && !is_k) {
                     if (which == KV_SLOTS)
                         load_q(it, n);
                     if (KV_SLOTS > 1)
@@ -331,9 +330,9 @@ template <int D> struct producer {
         wait_for_m(); /* the grid ends after the one before it, whatever there was to do */
         if (which > 0)
             return;
+        /* Until all that was ever loaded is read: the other block arrives here no more then. */
         for (int i = 0; i < config<D>::SLOTS; i++, ring.advance(1))
-            wait_slot(); /* all that was ever loaded is read: the other block arrives here no more
-                          */
+            wait_slot();
     }
 };
 
@@ -773,9 +772,7 @@ template <int D> int launch(const struct hstu_attention_args *args, cudaStream_t
     p.layer = args->layer;
     p.layers = args->geometry.layers;
     p.page_shift = __builtin_ctz(args->geometry.page_tokens);
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attribute = mma::early_start();
     cudaLaunchConfig_t grid = {};
     grid.gridDim = dim3(hstu_workers(2, args->sm_count) * 2);
     grid.blockDim = dim3(THREADS);

@@ -9,10 +9,10 @@
  *   pull -> prepare -> L x { [wait l] -> UVQK -> attention -> gate -> projection } -> head
  *
  * The waits for gates form a branch of their own, which runs ahead while the layers compute; up to
- * GATE_AHEAD_ROWS wait l + 1 stands before the gate kernel of layer l. On Hopper a
- * kernel may start while the one before it ends (programmatic dependent launch): it then waits,
- * itself, for what that one writes. Every such kernel lets the next start only after its own wait,
- * so what is older than the kernel before may be read at once. */
+ * GATE_AHEAD_ROWS wait l + 1 stands before the gate kernel of layer l. On Hopper a kernel may start
+ * while the one before it ends (programmatic dependent launch): it then waits, itself, for what
+ * that one writes. Every such kernel lets the next start only after its own wait, so what is older
+ * than the kernel before may be read at once. */
 #include "cuda_state.h"
 
 #include <cuda.h>

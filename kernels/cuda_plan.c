@@ -227,7 +227,7 @@ static struct hstu_work item_of(const struct place *at, const struct tile *t,
                               .next = HSTU_WORK_LAST};
 }
 
-/* Puts a sequence's units into the list, as count_sequence() counts them. */
+/* Puts a sequence's units into the list, as hstu_plan_count() counts them. */
 static void put_sequence(const struct place *at, struct list *to, uint8_t *row_slices)
 {
     const struct shape *s = &at->choice.shape;

@@ -332,8 +332,7 @@ int launch_tiles(void (*kernel)(Parameters), Parameters p, uint32_t sm_count, in
     attribute[0].id = cudaLaunchAttributeClusterDimension;
     attribute[0].val.clusterDim.x = S::CLUSTER;
     attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
-    attribute[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute[1].val.programmaticStreamSerializationAllowed = 1;
+    attribute[1] = mma::early_start();
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(S::THREADS);

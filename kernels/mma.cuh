@@ -6,6 +6,7 @@
 #define HSTU_MMA_CUH
 
 #include <cuda_bf16.h>
+#include <cuda_runtime.h>
 #include <stdint.h>
 
 namespace mma
@@ -119,6 +120,15 @@ __device__ __forceinline__ void dependency_trigger()
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+/* Of a launch whose blocks may start so. */
+inline cudaLaunchAttribute early_start()
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return attribute;
 }
 
 } // namespace mma

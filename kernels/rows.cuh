@@ -41,9 +41,7 @@ template <typename Args>
 int launch(void (*kernel)(Args), uint32_t blocks, dim3 threads, const Args &args, bool early,
            void *stream)
 {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attribute = mma::early_start();
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks);
     config.blockDim = threads;

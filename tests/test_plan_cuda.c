@@ -350,7 +350,7 @@ static const struct {
     {8, 4096, 4096, 4, 1.05},
     {8, 4096, 128, 1, 1.25},
     {5, 4096, 128, 3, 1.20},
-    /* The first two in parties; the third would end by a tenth later. */
+    /* Two in parties; in some the last one would end by a tenth later. */
     {8, 4096, 2048, 4, 1.10},
     {8, 2048, 2048, 4, 1.05},
     {8, 4096, 1024, 4, 1.10},
