@@ -18,7 +18,7 @@
 
 #include "cuda_pass.h"
 
-#include "attention_sm90_ptx.cuh"
+#include "sm90_ptx.cuh"
 
 namespace sm90
 {

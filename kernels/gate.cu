@@ -6,7 +6,7 @@
  * writes 2. */
 #include "rows.cuh"
 
-#include "attention_sm90_ptx.cuh"
+#include "sm90_ptx.cuh"
 
 namespace
 {

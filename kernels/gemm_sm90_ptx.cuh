@@ -1,9 +1,9 @@
-/* What the products on Hopper need beyond attention's header: wgmma with both operands in shared
- * memory and b as it lies, matrix stores. */
+/* What the products on Hopper need beyond sm90_ptx.cuh: wgmma with both operands in shared memory
+ * and b as it lies, matrix stores. */
 #ifndef HSTU_GEMM_SM90_PTX_CUH
 #define HSTU_GEMM_SM90_PTX_CUH
 
-#include "attention_sm90_ptx.cuh"
+#include "sm90_ptx.cuh"
 
 namespace
 {

@@ -1,11 +1,11 @@
-/* Hopper's asynchronous machinery as plain functions, for attention_sm90.cu: mbarriers, TMA loads,
- * named barriers, register reallocation, and wgmma with its shared-memory descriptors.
+/* Hopper's asynchronous machinery as plain functions, for its kernels: mbarriers, TMA loads, named
+ * barriers, register reallocation, and wgmma with its shared-memory descriptors.
  *
  * Shared memory is addressed by 32-bit shared-space addresses throughout. Every tile that wgmma
  * reads was written by TMA with the 128-byte swizzle: rows of 128 bytes (64 bf16), eight rows an
  * atom of 1 KiB, atoms 1 KiB aligned. */
-#ifndef HSTU_ATTENTION_SM90_PTX_CUH
-#define HSTU_ATTENTION_SM90_PTX_CUH
+#ifndef HSTU_SM90_PTX_CUH
+#define HSTU_SM90_PTX_CUH
 
 #include <cuda.h>
 #include <stdint.h>
