@@ -235,8 +235,8 @@ template <int D> struct consumer {
                 uint32_t b = at.part(k, c) + half * HALF * ROW_BYTES;
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    wgmma_shared<N>(s, descriptor_k_major(a + i * 32),
-                                    descriptor_k_major(b + i * 32), c + i > 0);
+                    wgmma_shared<N, K_MAJOR>(s, descriptor_k_major(a + i * 32),
+                                             descriptor_k_major(b + i * 32), c + i > 0);
             }
             wgmma_commit();
         }

@@ -14,8 +14,8 @@
 #include <cuda_runtime.h>
 #include <math.h>
 
-#include "gemm_sm90_ptx.cuh"
 #include "mma.cuh"
+#include "sm90_ptx.cuh"
 #include "tensor_map.cuh"
 
 namespace
@@ -221,7 +221,7 @@ __device__ __forceinline__ void run_block(uint32_t shared, Produce produce, Cons
         if (S::GROUPS > 1)
             sm90::registers_grow<S::MANY>();
         consume(ring, group - 1);
-        stores_read(); /* shared memory stays until then */
+        sm90::stores_read(); /* shared memory stays until then */
     }
 }
 
@@ -254,12 +254,12 @@ __device__ __forceinline__ void stage_piece(uint32_t staging, int piece, const u
     const uint32_t lane = threadIdx.x % 32;
     if (piece % 4 == 0) { /* the last 64 columns are read */
         if (lane == 0)
-            stores_read();
+            sm90::stores_read();
         __syncwarp();
     }
     /* Lanes 0-15 address the rows of the first 8 columns, 16-31 those of the next 8. */
-    store_matrices(staging + mma::tile_offset<8>(lane % 16, piece % 4 * 2 + lane / 16), word[0],
-                   word[1], word[2], word[3]);
+    sm90::store_matrices(staging + mma::tile_offset<8>(lane % 16, piece % 4 * 2 + lane / 16),
+                         word[0], word[1], word[2], word[3]);
 }
 
 /* The 64 staged columns to the map's chunk `chunk` of rows row and on, by TMA. */
@@ -269,7 +269,7 @@ __device__ __forceinline__ void store_staged(const CUtensorMap *map, uint32_t st
     sm90::async_proxy_fence();
     __syncwarp();
     if (threadIdx.x % 32 == 0)
-        store_box(map, staging, row, chunk);
+        sm90::store_box(map, staging, row, chunk);
 }
 
 /* What this lane stores of 64 staged columns in the i-th step: 8 columns from lane % 8 * 8 on. */

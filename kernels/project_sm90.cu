@@ -132,8 +132,9 @@ template <typename S> struct consumer {
         sm90::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < S::DEPTH / 16; i++)
-            multiply<S::COLUMNS>(d, sm90::descriptor_k_major(a + i * 32),
-                                 sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), 1);
+            sm90::wgmma_shared<S::COLUMNS, sm90::MN_MAJOR>(
+                d, sm90::descriptor_k_major(a + i * 32),
+                sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), 1);
         sm90::wgmma_commit();
         sm90::wgmma_wait<1>();
         release_last(any);

@@ -1,4 +1,4 @@
-/* Hopper's asynchronous machinery as plain functions, for its kernels: mbarriers, TMA loads, named
+/* Hopper's asynchronous machinery as plain functions, for its kernels: mbarriers, TMA, named
  * barriers, register reallocation, and wgmma with its shared-memory descriptors.
  *
  * Shared memory is addressed by 32-bit shared-space addresses throughout. Every tile that wgmma
@@ -154,6 +154,33 @@ __device__ __forceinline__ void load_box_both(uint32_t to, const CUtensorMap *ma
         : "memory");
 }
 
+/* ---- stores, by way of shared memory ---- */
+
+/* Four matrices of 8 x 8 bf16, a row of each at a lane's address. */
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+/* A box from shared memory to where the map says; rows past its end are left out. This thread's. */
+__device__ __forceinline__ void store_box(const CUtensorMap *map, uint32_t from, uint32_t row,
+                                          uint32_t chunk)
+{
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];"
+                 "\n\tcp.async.bulk.commit_group;" ::"l"(map),
+                 "r"(0), "r"(row), "r"(chunk), "r"(from)
+                 : "memory");
+}
+
+/* Shared memory that this thread's stores came from may be written again. */
+__device__ __forceinline__ void stores_read()
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 /* ---- wgmma descriptors: address, leading and stride offsets in units of 16 bytes ---- */
 
 constexpr uint32_t SWIZZLE_128B =
@@ -228,52 +255,49 @@ template <int Count> __device__ __forceinline__ void pin(uint32_t *a)
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define LIST64                                                                                     \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+    LIST32                                                                                         \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"             \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define LIST128                                                                                    \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "   \
+    LIST64                                                                                         \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
     "%127"
 
-/* d[64 rows][N] = (or +=) A B^T, 16 deep. A: 64 rows, K-major, shared; B: N rows, K-major, shared.
- */
-template <int N>
-__device__ __forceinline__ void wgmma_shared(float *d, uint64_t a, uint64_t b, uint32_t accumulate);
+/* How B lies in shared memory: rows of n, 16 of k each, or rows of k, N of n each. */
+constexpr int K_MAJOR = 0, MN_MAJOR = 1;
+
+/* d[64 rows][N] = (or +=) A B, 16 deep. A: 64 rows, K-major, shared; B: shared. */
+template <int N, int B>
+__device__ __forceinline__ void wgmma_shared(float *d, uint64_t a, uint64_t b, uint32_t accumulate)
+{
+    static_assert(N == 64 || N == 128 || N == 256);
+    if constexpr (N == 64)
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST32 "}, "
+                     "%32, %33, p, 1, 1, 0, %35;\n\t}"
+                     : ACC32(0)
+                     : "l"(a), "l"(b), "r"(accumulate), "n"(B));
+    if constexpr (N == 128)
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST64 "}, "
+                     "%64, %65, p, 1, 1, 0, %67;\n\t}"
+                     : ACC32(0), ACC32(32)
+                     : "l"(a), "l"(b), "r"(accumulate), "n"(B));
+    if constexpr (N == 256)
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" LIST128 "}, "
+                     "%128, %129, p, 1, 1, 0, %131;\n\t}"
+                     : ACC32(0), ACC32(32), ACC32(64), ACC32(96)
+                     : "l"(a), "l"(b), "r"(accumulate), "n"(B));
+}
 
 /* d[64 rows][N] += A B, 16 deep. A: this warpgroup's registers; B: 16 rows of N columns, MN-major,
  * shared. */
 template <int N>
 __device__ __forceinline__ void wgmma_registers(float *d, const uint32_t *a, uint64_t b);
-
-template <>
-__device__ __forceinline__ void wgmma_shared<64>(float *d, uint64_t a, uint64_t b,
-                                                 uint32_t accumulate)
-{
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST32 "}, "
-                 "%32, %33, p, 1, 1, 0, 0;\n\t}"
-                 : ACC32(0)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma_shared<128>(float *d, uint64_t a, uint64_t b,
-                                                  uint32_t accumulate)
-{
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST64 "}, "
-                 "%64, %65, p, 1, 1, 0, 0;\n\t}"
-                 : ACC32(0), ACC32(32)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
 
 template <>
 __device__ __forceinline__ void wgmma_registers<64>(float *d, const uint32_t *a, uint64_t b)

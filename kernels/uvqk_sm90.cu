@@ -305,7 +305,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                     sm90::wgmma_fence();
 #pragma unroll
                     for (int i = 0; i < S::DEPTH / 16; i++)
-                        multiply<S::COLUMNS>(
+                        sm90::wgmma_shared<S::COLUMNS, sm90::MN_MAJOR>(
                             d, sm90::descriptor_k_major(a + i * 32),
                             sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128),
                             step + i > 0);
