@@ -178,8 +178,17 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     uint8_t *slices = (uint8_t *)calloc(p->rows + 1, 1);
     struct cudaDeviceProp properties;
     CHECK(cudaGetDeviceProperties(&properties, 0));
-    p->items = hstu_plan(p->path, g, p->group, p->sequence, p->count, p->rows,
-                         properties.multiProcessorCount, p->max_slices, work, capacity, slices);
+    struct hstu_plan_args plan = {};
+    plan.path = p->path;
+    plan.geometry = g;
+    plan.group = p->group;
+    plan.rows = p->rows;
+    plan.sm_count = properties.multiProcessorCount;
+    plan.max_slices = p->max_slices;
+    plan.sequences = p->sequence;
+    plan.count = p->count;
+    if (!hstu_plan(&plan, work, capacity, slices, &p->items))
+        abort();
 
     struct hstu_attention_args *a = &p->args;
     memset(a, 0, sizeof *a);
@@ -202,6 +211,7 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     a->batch.pages = (uint32_t *)device_copy(shuffled, p->pool_pages * sizeof(uint32_t));
     a->batch.slices = (uint8_t *)device_copy(slices, p->rows);
     a->batch.work = (struct hstu_work *)device_copy(work, capacity * sizeof *work);
+    a->batch.work_room = p->items;
     a->batch.work_count = (uint32_t *)device_copy(&p->items, sizeof p->items);
     a->batch.next = (uint32_t *)device_alloc(SKV_MAX_LAYERS * sizeof(uint32_t));
     a->partial = (float *)device_alloc((uint64_t)p->max_slices * p->rows * g->heads * g->head_dim *
@@ -209,7 +219,7 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     if (p->path->unit_items == 2) {
         struct hstu_prepare_args prepare = {};
         void *units = device_alloc(hstu_units_bytes(capacity, a->sm_count));
-        prepare.units = hstu_units_of(a, units);
+        prepare.units[0] = hstu_units_of(a, units);
         a->units = units;
         if (hstu_launch_prepare(&prepare, 0))
             exit(1);

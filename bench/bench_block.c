@@ -1,12 +1,14 @@
 /* The HSTU block on CUDA over the whole grid: batch 1 to 8, history 128 to 4096, new tokens 128 to
  * all of it, 256 candidates; the benchmark model (8 layers, 1024, 4 heads of 256, pages of 32).
  *
- *   bench_block [--csv] [--seconds S] [--batch B] [--history H] [--new N]
+ *   bench_block [--csv] [--seconds S] [--batch B] [--history H] [--new N] [--every-row]
  *
  * "block" is the layers alone, one graph, timed by events, L2 emptied before each run; "gated" the
  * same with open gates; "pass" the whole graph with pull and head; "launch" what the worker sees of
  * hstu_runner_launch(). The three graphs run by turns. The floor is the products at 700 TFLOP/s and
- * the attention (exact mask) at 600, one after the other. Weights, pages and tokens are random. */
+ * the attention (exact mask) at 600, one after the other, of what a pass needs: of history rows the
+ * last layer's K and V alone, unless --every-row asks for all of their outputs, as the peers make
+ * them. Weights, pages and tokens are random. */
 #include <assert.h>
 #include <cuda_runtime_api.h>
 #include <getopt.h>
@@ -32,7 +34,7 @@ enum {
 };
 
 static double seconds = 1;
-static bool csv;
+static bool csv, every_row;
 static uint32_t only_batch, only_history, only_new;
 
 static void *flush_memory;
@@ -122,10 +124,15 @@ static struct times time_launch(struct hstu_cuda *c, const struct hstu_sequence 
 static double floor_us(const struct hstu_model *m, uint32_t batch, uint32_t history, uint32_t n)
 {
     const double E = m->embed, HD = m->geometry.heads * m->geometry.head_dim;
-    double c = history - n, rows = n + CANDIDATES;
-    double pairs = c * n + (double)n * (n + 1) / 2 + (double)CANDIDATES * (history + 1);
-    double products = 2 * rows * (E * 4 * HD + HD * E), attention = 4 * pairs * HD;
-    return m->geometry.layers * batch * (products / 700e12 + attention / 600e12) * 1e6;
+    const double c = history - n, layers = m->geometry.layers;
+    /* Of history rows, all layers' and what is not needed of the last one's. */
+    const double saved = every_row ? 0 : 1;
+    const double own = n * ((layers - saved) * 5 + saved * 2) * E * HD;
+    const double pairs = (layers - saved) * (c * n + (double)n * (n + 1) / 2);
+    const double candidate_pairs = layers * CANDIDATES * (history + 1);
+    const double products = 2 * (own + layers * CANDIDATES * 5 * E * HD);
+    const double attention = 4 * (pairs + candidate_pairs) * HD;
+    return batch * (products / 700e12 + attention / 600e12) * 1e6;
 }
 
 static const struct peer *peer_of(uint32_t batch, uint32_t history, uint32_t n)
@@ -190,10 +197,13 @@ static void cell(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t ba
 
 static void options(int argc, char **argv)
 {
-    static const struct option names[] = {
-        {"csv", no_argument, NULL, 'c'},           {"seconds", required_argument, NULL, 's'},
-        {"batch", required_argument, NULL, 'b'},   {"new", required_argument, NULL, 'n'},
-        {"history", required_argument, NULL, 'h'}, {0}};
+    static const struct option names[] = {{"csv", no_argument, NULL, 'c'},
+                                          {"seconds", required_argument, NULL, 's'},
+                                          {"batch", required_argument, NULL, 'b'},
+                                          {"new", required_argument, NULL, 'n'},
+                                          {"history", required_argument, NULL, 'h'},
+                                          {"every-row", no_argument, NULL, 'e'},
+                                          {0}};
     for (int o; (o = getopt_long(argc, argv, "", names, NULL)) != -1;)
         switch (o) {
         case 'c':
@@ -201,6 +211,9 @@ static void options(int argc, char **argv)
             break;
         case 's':
             seconds = atof(optarg);
+            break;
+        case 'e':
+            every_row = true;
             break;
         case 'b':
             only_batch = (uint32_t)atoi(optarg);
@@ -213,7 +226,7 @@ static void options(int argc, char **argv)
             break;
         default:
             fprintf(stderr, "usage: bench_block [--csv] [--seconds S] [--batch B] [--history H] "
-                            "[--new N]\n");
+                            "[--new N] [--every-row]\n");
             exit(2);
         }
 }
@@ -257,6 +270,7 @@ int main(int argc, char **argv)
                                            .gate_row = gates};
     check(hstu_backend_cuda.open(&options_, &state), "runner");
     struct hstu_cuda *c = state;
+    c->every_row = every_row;
 
     uint32_t *list = malloc(pages * sizeof *list);
     uint64_t *tokens = malloc((MAX_HISTORY + CANDIDATES) * sizeof *tokens);

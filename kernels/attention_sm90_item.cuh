@@ -132,17 +132,16 @@ __device__ __forceinline__ void cut(struct item *it, const struct hstu_units_arg
     it->tiles[2] = max(it->tiles[1] + tiles_of(own), 1);
 }
 
-/* Reads item `index` of the work list, or makes an empty one past its end; an item of no rows
- * is a hole that evens out the pairs. */
+/* An item of the work list, or an empty one; one of no rows is a hole that evens out the pairs. */
 __device__ __forceinline__ void read_item(struct item *it, const struct hstu_units_args &a,
-                                          uint32_t index)
+                                          const struct hstu_work *work)
 {
     *it = {};
     it->group = a.group;
     it->work.next = HSTU_WORK_LAST;
-    if (index >= *a.batch.work_count)
+    if (!work)
         return;
-    it->work = a.batch.work[index];
+    it->work = *work;
     if (it->work.rows == 0)
         return;
     int32_t cached = it->work.cached;

@@ -56,8 +56,10 @@ static void note_written(struct hstu_cuda *c)
         {(volatile char *)p->counts, sizeof *p->counts},
         {(volatile char *)p->token, c->rows * sizeof *p->token},
         {(volatile char *)p->slices, c->rows},
+        {(volatile char *)p->last_slices, c->rows},
         {(volatile char *)p->page, l->pages * sizeof *p->page},
         {(volatile char *)p->work, l->work * sizeof *p->work},
+        {(volatile char *)p->last_work, l->last_work * sizeof *p->work},
     };
     memcpy(c->written, parts, sizeof parts);
     c->reclaim_part = 0;
@@ -80,6 +82,35 @@ void hstu_cuda_reclaim(struct hstu_cuda *c)
     }
 }
 
+/* Plans attention, of the layers but the last and of the last one, into the block. */
+static int plan(struct hstu_cuda *c, const struct hstu_sequence *sequences, uint32_t count,
+                uint32_t graph_rows, uint32_t candidates)
+{
+    const struct hstu_cuda_pinned *p = &c->pinned;
+    struct hstu_layout *l = &p->counts->layout;
+    struct hstu_plan_args args = {.path = c->path,
+                                  .geometry = &c->model.geometry,
+                                  .group = c->model.group,
+                                  .rows = graph_rows,
+                                  .sm_count = (uint32_t)c->sm_count,
+                                  .max_slices = hstu_plan_slices(graph_rows),
+                                  .sequences = sequences,
+                                  .count = count};
+    /* It cannot fail: the capacity is the planner's own bound. */
+    if (!hstu_plan(&args, c->plan_work, c->work_capacity, c->plan_slices, &l->work))
+        return SKV_EINVAL;
+    memcpy(p->work, c->plan_work, l->work * sizeof *c->plan_work);
+    memcpy(p->slices, c->plan_slices, graph_rows);
+    l->last_work = l->work;
+    args.candidates_only = !c->every_row;
+    if (args.candidates_only && candidates < c->rows &&
+        !hstu_plan(&args, c->plan_work, c->work_capacity, c->plan_slices, &l->last_work))
+        return SKV_EINVAL;
+    memcpy(p->last_work, c->plan_work, l->last_work * sizeof *c->plan_work);
+    memcpy(p->last_slices, c->plan_slices, graph_rows);
+    return SKV_OK;
+}
+
 int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, uint32_t count,
                     uint32_t *graph_rows)
 {
@@ -93,13 +124,6 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
         return SKV_OK;
     struct hstu_counts *n = c->pinned.counts;
     struct hstu_layout *l = &n->layout;
-    l->work = hstu_plan(c->path, &c->model.geometry, c->model.group, sequences, count, *graph_rows,
-                        (uint32_t)c->sm_count, hstu_plan_slices(*graph_rows), c->plan_work,
-                        c->work_capacity, c->plan_slices);
-    if (l->work == 0)
-        return SKV_EINVAL; /* cannot be: the capacity is the planner's own bound */
-    memcpy(c->pinned.work, c->plan_work, l->work * sizeof *c->plan_work);
-    memcpy(c->pinned.slices, c->plan_slices, *graph_rows);
     uint32_t row = 0, page = 0, target = 0;
     for (uint32_t b = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
@@ -111,6 +135,7 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
         l->appended[b] = s->append ? s->history - s->cached : 0;
         n->target_start[b] = target;
         n->targets[b] = s->targets;
+        n->wanted_from[b] = c->every_row ? 0 : s->history - s->cached;
         if (sequence_rows)
             memcpy(c->pinned.token + row, s->tokens, sequence_rows * sizeof *s->tokens);
         if (pages)
@@ -126,6 +151,7 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
     l->pages = page;
     n->candidates = target;
     c->candidates = target;
+    int status = plan(c, sequences, count, *graph_rows, target);
     note_written(c);
-    return SKV_OK;
+    return status;
 }

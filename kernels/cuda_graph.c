@@ -88,8 +88,15 @@ static int enqueue_gates(struct hstu_cuda *c)
     return hstu_cuda_check(e, "capturing the gates");
 }
 
-static struct hstu_device_batch device_batch(const struct hstu_cuda *c)
+static bool is_last(const struct hstu_cuda *c, uint32_t layer)
 {
+    return layer + 1 == c->model.geometry.layers;
+}
+
+/* The batch as a layer sees it: attention of the last one has its own work list. */
+static struct hstu_device_batch device_batch(const struct hstu_cuda *c, uint32_t layer)
+{
+    const bool last = is_last(c, layer);
     const struct hstu_cuda_arena *a = &c->arena;
     return (struct hstu_device_batch){
         .row_start = a->counts->layout.row_start,
@@ -100,9 +107,10 @@ static struct hstu_device_batch device_batch(const struct hstu_cuda *c)
         .pages = a->page,
         .row_sequence = a->row_sequence,
         .slot = a->slot,
-        .slices = a->slices,
-        .work = a->work,
-        .work_count = &a->counts->layout.work,
+        .slices = last ? a->last_slices : a->slices,
+        .work = last ? a->last_work : a->work,
+        .work_room = c->work_capacity,
+        .work_count = last ? &a->counts->layout.last_work : &a->counts->layout.work,
         .target_start = a->counts->target_start,
         .next = a->counts->next,
     };
@@ -125,8 +133,8 @@ static struct hstu_attention_args attention_args(const struct hstu_cuda *c, uint
         .m = c->arena.m,
         .pool = c->pool,
         .pool_pages = c->pool_pages,
-        .batch = device_batch(c),
-        .units = c->arena.units,
+        .batch = device_batch(c, layer),
+        .units = is_last(c, layer) ? c->arena.last_units : c->arena.units,
         .partial = c->arena.partial,
         .max_slices = hstu_plan_slices(rows),
         .rounded = is_rounded(c, rows),
@@ -142,14 +150,18 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
         .counts = p->counts,
         .token = p->token,
         .slices = p->slices,
+        .last_slices = p->last_slices,
         .page = p->page,
         .work = p->work,
+        .last_work = p->last_work,
         .to_counts = a->counts,
         .to_row_sequence = a->row_sequence,
         .to_slot = a->slot,
         .to_slices = a->slices,
+        .to_last_slices = a->last_slices,
         .to_page = a->page,
         .to_work = a->work,
+        .to_last_work = a->last_work,
         .embedding = c->on_device.embedding,
         .position = c->on_device.position,
         .x = a->x,
@@ -160,20 +172,6 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
         .page_tokens = c->model.geometry.page_tokens,
     };
     return hstu_launch_pull(&pull, c->stream);
-}
-
-/* What Hopper's layers rely on beside what pull brings. */
-static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
-{
-    const struct hstu_cuda_arena *a = &c->arena;
-    const struct hstu_attention_args attention = attention_args(c, 0, rows);
-    struct hstu_prepare_args prepare = {.row_sequence = a->row_sequence,
-                                        .x = a->x,
-                                        .out = a->x_moments,
-                                        .rows = c->fused ? rows : 0,
-                                        .columns = c->model.embed,
-                                        .units = hstu_units_of(&attention, a->units)};
-    return a->units ? hstu_launch_prepare(&prepare, c->stream) : SKV_OK;
 }
 
 /* The wait for gate l, before the kernels of layer l touch pages. A kernel behind such a wait does
@@ -190,7 +188,7 @@ static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
 {
     const struct hstu_cuda_arena *a = &c->arena;
     const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
-    struct hstu_gate_args gate = {.slices = a->slices,
+    struct hstu_gate_args gate = {.slices = is_last(c, layer) ? a->last_slices : a->slices,
                                   .partial = a->partial,
                                   .m = a->m,
                                   .weight = w->ln2_weight,
@@ -206,50 +204,102 @@ static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
     return hstu_launch_gate(&gate, c->stream);
 }
 
+/* May the layer's products leave out what nobody wants? A first layer's may start before prepare
+ * has made the lists. */
+static bool lists_tiles(const struct hstu_cuda *c, uint32_t layer)
+{
+    return is_last(c, layer) && layer > 0;
+}
+
+static struct hstu_project_args project_args(const struct hstu_cuda *c, uint32_t rows,
+                                             uint32_t layer)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    return (struct hstu_project_args){
+        .y = a->normed,
+        .b = c->on_device.layer[layer].projection,
+        .x = a->x,
+        .moments = a->x_moments,
+        .rows = rows,
+        .n = c->model.embed,
+        .k = c->model.geometry.heads * c->model.geometry.head_dim,
+        .sm_count = (uint32_t)c->sm_count,
+        .early = true,
+        .spares_l2 = rows <= SPARED_L2_ROWS,
+        .wanted = lists_tiles(c, layer) ? a->project_wanted : NULL,
+    };
+}
+
+static struct hstu_uvqk_args uvqk_args(const struct hstu_cuda *c, uint32_t rows, uint32_t layer)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
+    const struct hstu_project_args before = project_args(c, rows, layer);
+    return (struct hstu_uvqk_args){
+        .x = a->x,
+        .b = w->uvqk,
+        .moments = a->x_moments,
+        .fold = w->fold,
+        .m = a->m,
+        .pool = c->append_pool,
+        .slot = a->slot,
+        .geometry = c->model.geometry,
+        .layer = layer,
+        .rows = rows,
+        .n = 4 * c->model.geometry.heads * c->model.geometry.head_dim,
+        .k = c->model.embed,
+        .parts = layer ? hstu_project_sm90_parts(&before) : 1,
+        .sm_count = (uint32_t)c->sm_count,
+        .eps = c->model.eps,
+        .early = true,
+        .spares_l2 = rows <= SPARED_L2_ROWS,
+        .wanted = lists_tiles(c, layer) ? a->uvqk_wanted : NULL,
+    };
+}
+
+/* What Hopper's layers rely on beside what pull brings. */
+static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    const uint32_t last_layer = c->model.geometry.layers - 1;
+    if (!a->units)
+        return SKV_OK;
+    const struct hstu_attention_args first = attention_args(c, 0, rows);
+    const struct hstu_attention_args last = attention_args(c, last_layer, rows);
+    struct hstu_prepare_args prepare = {
+        .row_sequence = a->row_sequence,
+        .x = a->x,
+        .out = a->x_moments,
+        .rows = c->fused ? rows : 0,
+        .columns = c->model.embed,
+        .units = {hstu_units_of(&first, a->units), hstu_units_of(&last, a->last_units)},
+        .counts = a->counts,
+    };
+    if (c->fused && lists_tiles(c, last_layer)) {
+        const struct hstu_uvqk_args uvqk = uvqk_args(c, rows, last_layer);
+        const struct hstu_project_args project = project_args(c, rows, last_layer);
+        prepare.wanted[0] =
+            (struct hstu_wanted_tiles){hstu_uvqk_sm90_listed_rows(&uvqk), a->uvqk_wanted};
+        prepare.wanted[1] =
+            (struct hstu_wanted_tiles){hstu_project_sm90_listed_rows(&project), a->project_wanted};
+    }
+    return hstu_launch_prepare(&prepare, c->stream);
+}
+
 /* A layer of four kernels: the first norm, activation and the residual are parts of the products.
  */
 static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated)
 {
-    const struct hstu_model *m = &c->model;
-    const struct hstu_cuda_arena *a = &c->arena;
-    const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
-    const uint32_t hd = m->geometry.heads * m->geometry.head_dim;
     struct hstu_attention_args attention = attention_args(c, layer, rows);
-    const bool spares_l2 = rows <= SPARED_L2_ROWS;
     attention.early = true;
-    attention.spares_l2 = spares_l2;
-    struct hstu_project_args project = {.y = a->normed,
-                                        .b = w->projection,
-                                        .x = a->x,
-                                        .moments = a->x_moments,
-                                        .rows = rows,
-                                        .n = m->embed,
-                                        .k = hd,
-                                        .sm_count = (uint32_t)c->sm_count,
-                                        .early = true,
-                                        .spares_l2 = spares_l2};
-    struct hstu_uvqk_args uvqk = {.x = a->x,
-                                  .b = w->uvqk,
-                                  .moments = a->x_moments,
-                                  .fold = w->fold,
-                                  .m = a->m,
-                                  .pool = c->append_pool,
-                                  .slot = a->slot,
-                                  .geometry = m->geometry,
-                                  .layer = layer,
-                                  .rows = rows,
-                                  .n = 4 * hd,
-                                  .k = m->embed,
-                                  .parts = layer ? hstu_project_sm90_parts(&project) : 1,
-                                  .sm_count = (uint32_t)c->sm_count,
-                                  .eps = m->eps,
-                                  .early = true,
-                                  .spares_l2 = spares_l2};
-    const bool ahead = rows <= GATE_AHEAD_ROWS, last = layer + 1 == m->geometry.layers;
+    attention.spares_l2 = rows <= SPARED_L2_ROWS;
+    const struct hstu_project_args project = project_args(c, rows, layer);
+    const struct hstu_uvqk_args uvqk = uvqk_args(c, rows, layer);
+    const bool ahead = rows <= GATE_AHEAD_ROWS;
     int status = ahead && layer > 0 ? SKV_OK : enqueue_gate(c, layer, gated);
     if (status != SKV_OK || (status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
         (status = c->path->launch(&attention, c->stream)) != SKV_OK ||
-        (ahead && !last && (status = enqueue_gate(c, layer + 1, gated)) != SKV_OK) ||
+        (ahead && !is_last(c, layer) && (status = enqueue_gate(c, layer + 1, gated)) != SKV_OK) ||
         (status = enqueue_y(c, rows, layer)) != SKV_OK)
         return status;
     return hstu_launch_project_sm90(&project, c->stream);
@@ -294,7 +344,7 @@ static int enqueue_head(struct hstu_cuda *c, uint32_t rows)
 {
     const struct hstu_cuda_arena *a = &c->arena;
     struct hstu_head_args head = {
-        .batch = device_batch(c),
+        .batch = device_batch(c, 0),
         .x = a->x,
         .weight1 = c->on_device.head1,
         .bias1 = c->on_device.head1_bias,

@@ -19,6 +19,9 @@ struct hstu_counts {
     struct hstu_layout layout; /* all that a block of rows reads of the counts */
     uint32_t target_start[SKV_MAX_BATCH + 1];
     uint32_t targets[SKV_MAX_BATCH];
+    /* Of a sequence's rows, the first whose output of the last layer is wanted: its candidates, or
+     * all. */
+    uint32_t wanted_from[SKV_MAX_BATCH];
     uint32_t candidates;
     uint32_t next[SKV_MAX_LAYERS]; /* zeros */
     uint32_t reserved[2];          /* the size is a multiple of 16 */
@@ -28,15 +31,15 @@ static_assert(sizeof(struct hstu_counts) % 16 == 0, "pull copies 16 bytes at a t
 struct hstu_pull_args {
     /* in pinned memory */
     const struct hstu_counts *counts;
-    const uint64_t *token; /* [rows] */
-    const uint8_t *slices; /* [rows] */
-    const uint32_t *page;  /* room for whole lines of 128 bytes, there and on the device */
-    const struct hstu_work *work;
+    const uint64_t *token;               /* [rows] */
+    const uint8_t *slices, *last_slices; /* [rows] both */
+    const uint32_t *page; /* room for whole lines of 128 bytes, there and on the device */
+    const struct hstu_work *work, *last_work;
     /* on the device */
     struct hstu_counts *to_counts;
     uint32_t *to_row_sequence, *to_slot, *to_page;
-    uint8_t *to_slices;
-    struct hstu_work *to_work;
+    uint8_t *to_slices, *to_last_slices;
+    struct hstu_work *to_work, *to_last_work;
     /* x = bf16(emb * sqrt(E) + pos) */
     const void *embedding, *position;
     void *x;
@@ -61,14 +64,23 @@ struct hstu_moments {
     float mean, square;
 };
 
+/* The row tiles of a product that have rows wanted of the last layer. */
+struct hstu_wanted_tiles {
+    uint32_t rows;  /* of a tile; 1024 tiles at most; 0: no list is needed */
+    uint32_t *list; /* out: how many they are, then which, ascending; room for one more than all, as
+                       who walks it looks one ahead */
+};
+
 /* What a pass works out before its first layer: the moments of each row's values, for a norm that
- * comes with the product after it, and attention's units. */
+ * comes with the product after it, attention's units, and tiles wanted of the last layer. */
 struct hstu_prepare_args {
     const uint32_t *row_sequence;
-    const void *x;            /* [rows][columns], columns <= 2048 */
-    struct hstu_moments *out; /* [rows] */
-    uint32_t rows, columns;   /* rows 0: none */
-    struct hstu_units_args units;
+    const void *x;                   /* [rows][columns], columns <= 2048 */
+    struct hstu_moments *out;        /* [rows] */
+    uint32_t rows, columns;          /* rows 0: none */
+    struct hstu_units_args units[2]; /* of the layers but the last, of the last */
+    const struct hstu_counts *counts;
+    struct hstu_wanted_tiles wanted[2]; /* of UVQK, of the projection */
 };
 int hstu_launch_prepare(const struct hstu_prepare_args *args, void *stream);
 
@@ -169,8 +181,13 @@ struct hstu_uvqk_args {
     bool early;            /* may start while the kernel before it ends */
     enum hstu_tiles tiles; /* ANY, but in tests */
     bool spares_l2;        /* weights leave the L2 first */
+    /* Row tiles (struct hstu_wanted_tiles) whose u and q are wanted: of the others only v and k may
+     * be computed. NULL: all are. Older than the kernel before. */
+    const uint32_t *wanted;
 };
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream);
+/* Rows of the row tiles that args->wanted has to list. 0: it is not read, as that is no faster. */
+uint32_t hstu_uvqk_sm90_listed_rows(const struct hstu_uvqk_args *args);
 
 /* x += y b, and the moments of x's new values. y [rows][k], b [k][n], x [rows][n]; k a multiple of
  * 64, n of the tiles' columns. */
@@ -180,12 +197,14 @@ struct hstu_project_args {
     struct hstu_moments *moments; /* out, [parts][rows] */
     uint32_t rows, n, k, sm_count;
     bool early;
-    enum hstu_tiles tiles; /* ANY, but in tests */
-    bool spares_l2;        /* weights leave the L2 first */
+    enum hstu_tiles tiles;  /* ANY, but in tests */
+    bool spares_l2;         /* weights leave the L2 first */
+    const uint32_t *wanted; /* as above; of other row tiles x may stay as it is */
 };
 int hstu_launch_project_sm90(const struct hstu_project_args *args, void *stream);
 /* How many parts the moments have. */
 uint32_t hstu_project_sm90_parts(const struct hstu_project_args *args);
+uint32_t hstu_project_sm90_listed_rows(const struct hstu_project_args *args);
 
 #ifdef __cplusplus
 }

@@ -14,8 +14,9 @@ struct hstu_layout {
     uint32_t history[SKV_MAX_BATCH];        /* h */
     uint32_t cached[SKV_MAX_BATCH];         /* c */
     uint32_t appended[SKV_MAX_BATCH];       /* its first rows, whose K and V go to pages */
-    uint32_t batch, pages, work;            /* sequences, page ids, work items */
-    uint32_t reserved[3];                   /* the size is a multiple of 16 */
+    uint32_t batch, pages;                  /* sequences, page ids */
+    uint32_t work, last_work;               /* work items, and those of the last layer */
+    uint32_t reserved[2];                   /* the size is a multiple of 16 */
 };
 static_assert(sizeof(struct hstu_layout) % 16 == 0, "pull copies 16 bytes at a time");
 

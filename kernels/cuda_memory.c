@@ -141,10 +141,20 @@ static void carve_arena(struct hstu_cuda *c, struct carver *at)
     a->row_sequence = carve(at, rows * 4);
     a->slot = carve(at, rows * 4);
     a->slices = carve(at, rows);
+    a->last_slices = carve(at, rows);
     a->page = carve(at, (uint64_t)c->page_capacity * 4);
     a->work = carve(at, c->work_capacity * sizeof *a->work);
-    if (c->path->unit_items == 2)
-        a->units = carve(at, hstu_units_bytes(c->work_capacity, (uint32_t)c->sm_count));
+    a->last_work = carve(at, c->work_capacity * sizeof *a->work);
+    if (c->path->unit_items == 2) {
+        const uint64_t bytes = hstu_units_bytes(c->work_capacity, (uint32_t)c->sm_count);
+        a->units = carve(at, bytes);
+        a->last_units = carve(at, bytes);
+    }
+    if (c->fused) {
+        a->uvqk_wanted =
+            carve(at, (rows / 64 + 2) * 4); /* a count, and one more for who reads ahead */
+        a->project_wanted = carve(at, (rows / 64 + 2) * 4);
+    }
     uint64_t hidden_bytes = rows * c->on_device.head_columns * 4, m_bytes = rows * 4 * HD * 2;
     a->activations = carve(at, 0);
     a->x = carve(at, rows * E * 2);
@@ -181,8 +191,10 @@ static void carve_pinned(struct hstu_cuda *c, struct carver *at)
     p->counts = carve(at, sizeof *p->counts);
     p->token = carve(at, c->arena_rows * sizeof *p->token);
     p->slices = carve(at, c->arena_rows);
+    p->last_slices = carve(at, c->arena_rows);
     p->page = carve(at, (uint64_t)c->page_capacity * 4);
     p->work = carve(at, c->work_capacity * sizeof *p->work);
+    p->last_work = carve(at, c->work_capacity * sizeof *p->work);
     p->logits = carve(at, (uint64_t)c->arena_rows * c->model.head_out * 4);
 }
 

@@ -60,8 +60,9 @@ struct hstu_device_batch {
     const uint32_t *row_sequence; /* [rows] sequence of a row, UINT32_MAX for padding */
     const uint32_t
         *slot; /* [rows] page * S + slot where K and V of the row go, UINT32_MAX: nowhere */
-    const uint8_t *slices; /* [rows] slices of the row to sum, at least 1; 0 for padding */
+    const uint8_t *slices; /* [rows] slices of the row to sum; 0: padding, or nobody wants it */
     const struct hstu_work *work;
+    uint32_t work_room;           /* items that may be read there, whatever they hold */
     const uint32_t *work_count;   /* one word */
     const uint32_t *target_start; /* [batch + 1] first logit row of a sequence */
     uint32_t *next; /* [layers] 0 when a pass starts: launch l may draw its items from next[l] by
@@ -161,16 +162,29 @@ static inline bool hstu_sums_rounded(const struct hstu_attention_path *path, uin
 extern const struct hstu_attention_path hstu_attention_portable;
 extern const struct hstu_attention_path hstu_attention_sm90;
 
+/* What a work list is for. */
+struct hstu_plan_args {
+    const struct hstu_attention_path *path;
+    const struct skv_geometry *geometry;
+    uint32_t group; /* g */
+    uint32_t rows;  /* of the graph */
+    uint32_t sm_count, max_slices;
+    const struct hstu_sequence *sequences;
+    uint32_t count;
+    /* Only tiles that have candidates, for the last layer: nobody reads what history rows come to
+     * there. */
+    bool candidates_only;
+};
+
 /* The work list of a batch, longest units first, in large graphs a few sequences at a time;
  * deterministic. The split of a sequence depends only on `rows` (the graph size), the path,
  * sm_count and this sequence's own c, n and T, so that batch mates never change a bit; they may
- * change which items share a unit, and the order. Writes slices per row too, 0 for padding. Returns
- * the number of items, or 0 when `capacity` is too small. Where units have two items and there is
- * an odd number of them, one unit's second is a hole: an item of no rows, which counts. */
-uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geometry *geometry,
-                   uint32_t group, const struct hstu_sequence *sequences, uint32_t count,
-                   uint32_t rows, uint32_t sm_count, uint32_t max_slices, struct hstu_work *work,
-                   uint32_t capacity, uint8_t *row_slices);
+ * change which items share a unit, and the order. Writes slices per row too, 0 for padding and for
+ * rows of no tile. *items: how many there are; where units have two and there is an odd number of
+ * them, one unit's second is a hole: an item of no rows, which counts. False: `capacity` is too
+ * small. */
+bool hstu_plan(const struct hstu_plan_args *args, struct hstu_work *work, uint32_t capacity,
+               uint8_t *row_slices, uint32_t *items);
 
 /* Planes of partial sums that a graph of `rows` rows has: many for small batches, which need the
  * split, one for large ones. */

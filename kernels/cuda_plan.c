@@ -32,6 +32,7 @@ enum {
      * heads. */
     TICK_HALF_ROWS = 2 * 560,
     PARTED_SLICES = 4, /* where a graph has fewer, nothing is a slice of its own but slices */
+    FEW_STEPS = 4,     /* of a history that is cut in all ways without a guess */
     FINE_STEPS = 32,   /* targets up to this are tried one by one, longer ones 1/32 apart */
     PARTY_ROWS = 4352, /* larger graphs have parties: in smaller ones the order matters more */
     /* K and V of a party, of a layer: of what an H100's L2 holds, 50 MB, that and twice as much
@@ -120,6 +121,17 @@ static uint64_t time_cutting(struct search *search, const struct shape *s, struc
     return time < limit - planes ? time + planes : UINT64_MAX;
 }
 
+/* A cutting that is hardly ever bad, into slices of `least` to `longest` steps: each worker has one
+ * slice, or as near to that as can be. */
+static struct cutting guess_cutting(const struct shape *s, uint32_t least, uint32_t longest,
+                                    const struct search *search)
+{
+    const uint32_t copies = search->graph_rows / s->rows;
+    const uint32_t units = (s->tiles - first_tile_of(s)) * s->heads * copies / s->unit_items;
+    const uint32_t share = divide_up(units * longest, search->workers);
+    return (struct cutting){max_u32(min_u32(share, longest), least), false};
+}
+
 /* How to cut a sequence, where that ends before c->time. */
 static void choose_cutting(struct choice *c, struct search *search)
 {
@@ -133,11 +145,18 @@ static void choose_cutting(struct choice *c, struct search *search)
         s->unit_items == 2 && max_slices >= PARTED_SLICES && s->history > 0 && last.end > s->history
             ? 2
             : 1;
+    if (max_slices > 1 && longest > FEW_STEPS) { /* so that much longer slices need not be tried */
+        bool hopeless;
+        struct cutting guess = guess_cutting(s, divide_up(longest, max_slices), longest, search);
+        uint64_t time = time_cutting(search, s, guess, c->time, &hopeless);
+        best = time < c->time ? guess : best;
+        c->time = time < c->time ? time + 1 : c->time; /* one as good is taken */
+    }
     for (uint32_t way = 0; way < ways; way++) {
         uint32_t least = divide_up(longest, max_slices - way);
         bool hopeless = max_slices == 1; /* nothing to choose */
         /* With slices of its own for the rest, much longer ones than without are no gain. */
-        uint32_t from = min_u32(best.target + 1, longest);
+        uint32_t from = way == 0 ? longest : min_u32(best.target + 1, longest);
         /* A slice alone must not take that long. */
         if (c->time / (2 * HALF_STEP_TICKS) < from)
             from = max_u32((uint32_t)(c->time / (2 * HALF_STEP_TICKS)), least);
@@ -232,7 +251,7 @@ static void put_sequence(const struct place *at, struct list *to, uint8_t *row_s
 {
     const struct shape *s = &at->choice.shape;
     const struct cutting cutting = at->choice.cutting;
-    for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
+    for (uint32_t i = first_tile_of(s); i < s->tiles; i += s->unit_items) {
         struct neighbours n;
         hstu_plan_neighbours(s, i, cutting, &n);
         memset(row_slices + n.upper.row0, (int)upper_parts_of(&n), n.upper.rows);
@@ -322,18 +341,25 @@ static void choose_parties(struct parties *p, const struct place *places, uint32
 /* ---- a batch ---- */
 
 /* Chooses how each sequence is cut. Returns the rows of all. */
-static uint32_t place_sequences(const struct hstu_sequence *sequences, uint32_t count,
-                                struct shape shape, bool halves, uint32_t page_tokens,
-                                struct search *search, struct place *places)
+static uint32_t place_sequences(const struct hstu_plan_args *args, struct search *search,
+                                struct place *places)
 {
-    struct shape before = {.rows = 0};
+    struct shape before = {.rows = 0},
+                 shape = {.tile_rows = args->path->tile_rows(args->geometry->head_dim),
+                          .key_step = args->path->key_step,
+                          .unit_items = args->path->unit_items,
+                          .group = args->group,
+                          .heads = args->geometry->heads};
+    const bool halves = may_halve(args->path, args->rows);
     uint32_t row = 0, page = 0;
-    for (uint32_t b = 0; b < count; b++) {
-        const struct hstu_sequence *s = &sequences[b];
+    for (uint32_t b = 0; b < args->count; b++) {
+        const struct hstu_sequence *s = &args->sequences[b];
+        const uint32_t added = s->history - s->cached, rows = added + s->targets;
         struct place *at = &places[b];
         shape.cached = s->cached;
         shape.history = s->history;
-        shape.rows = s->history - s->cached + s->targets;
+        shape.rows = args->candidates_only && !s->targets ? 0 : rows;
+        shape.from = args->candidates_only && shape.rows ? added : 0;
         shape.tiles = divide_up(shape.rows, shape.tile_rows);
         /* Identical shapes, the usual case in a benchmark, are planned once. */
         if (b > 0 && memcmp(&shape, &before, sizeof shape) == 0)
@@ -346,8 +372,8 @@ static uint32_t place_sequences(const struct hstu_sequence *sequences, uint32_t 
         at->sequence = b;
         at->row_start = row;
         at->page_start = page;
-        row += shape.rows;
-        page += hstu_pages_listed(s, page_tokens);
+        row += rows;
+        page += hstu_pages_listed(s, args->geometry->page_tokens);
     }
     return row;
 }
@@ -363,34 +389,30 @@ static uint32_t place_units(struct list *to, const struct lengths *l, uint32_t u
     return units;
 }
 
-uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geometry *geometry,
-                   uint32_t group, const struct hstu_sequence *sequences, uint32_t count,
-                   uint32_t rows, uint32_t sm_count, uint32_t max_slices, struct hstu_work *work,
-                   uint32_t capacity, uint8_t *row_slices)
+bool hstu_plan(const struct hstu_plan_args *args, struct hstu_work *work, uint32_t capacity,
+               uint8_t *row_slices, uint32_t *items)
 {
-    uint32_t workers = hstu_workers(path->unit_items, sm_count);
-    assert(count <= SKV_MAX_BATCH && max_slices >= 1 && group >= 1 && workers <= MAX_WORKERS);
+    const uint32_t unit_items = args->path->unit_items, rows = args->rows;
+    const uint32_t workers = hstu_workers(unit_items, args->sm_count);
+    assert(args->count <= SKV_MAX_BATCH && args->max_slices >= 1 && args->group >= 1 &&
+           workers <= MAX_WORKERS);
     struct place places[SKV_MAX_BATCH];
-    struct search search = {.graph_rows = rows, .workers = workers, .max_slices = max_slices};
-    const struct shape common = {.tile_rows = path->tile_rows(geometry->head_dim),
-                                 .key_step = path->key_step,
-                                 .unit_items = path->unit_items,
-                                 .group = group,
-                                 .heads = geometry->heads};
-    const uint32_t own_rows = place_sequences(sequences, count, common, may_halve(path, rows),
-                                              geometry->page_tokens, &search, places);
+    struct search search = {.graph_rows = rows, .workers = workers, .max_slices = args->max_slices};
+    const uint32_t own_rows = place_sequences(args, &search, places);
     assert(own_rows <= rows);
 
     struct lengths *l = &search.units;
-    struct parties parties = {.count = 1, .first = {count, 0}};
-    struct list to = {.work = work, .unit_items = path->unit_items};
+    struct parties parties = {.count = 1, .first = {args->count, 0}};
+    struct list to = {.work = work, .unit_items = unit_items};
     count_party(&parties, 0, places, l);
-    if (place_units(&to, l, 0) * path->unit_items > capacity)
-        return 0;
+    if (place_units(&to, l, 0) * unit_items > capacity)
+        return false;
     struct roster roster;
     hstu_roster_open(&roster, workers, l->longest);
     if (rows > PARTY_ROWS)
-        choose_parties(&parties, places, geometry->head_dim, &search);
+        choose_parties(&parties, places, args->geometry->head_dim, &search);
+    if (args->candidates_only) /* rows of no tile */
+        memset(row_slices, 0, own_rows);
 
     uint32_t units = 0;
     for (uint32_t i = 0; i < parties.count; i++) {
@@ -401,10 +423,11 @@ uint32_t hstu_plan(const struct hstu_attention_path *path, const struct skv_geom
             put_sequence(&places[b], &to, row_slices + places[b].row_start);
         if (i + 1 == parties.count)
             put_last_single(&to);
-        if (path->unit_items == 2)
+        if (unit_items == 2)
             hstu_roster_give(&roster, l, work);
         hstu_plan_clear(l);
     }
     memset(row_slices + own_rows, 0, rows - own_rows);
-    return units * path->unit_items;
+    *items = units * unit_items;
+    return true;
 }

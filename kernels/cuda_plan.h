@@ -21,6 +21,7 @@ enum {
 /* A sequence's rows, and tiles of them. */
 struct shape {
     uint32_t cached, history, rows; /* c, h, q */
+    uint32_t from; /* the first row that is wanted: tiles before its own have no units */
     uint32_t tiles, tile_rows, key_step, unit_items, group, heads;
     uint32_t halved; /* 1: its tiles have half the path's rows */
 };
@@ -75,6 +76,12 @@ static inline uint32_t min_u32(uint32_t a, uint32_t b)
 static inline uint32_t max_u32(uint32_t a, uint32_t b)
 {
     return a > b ? a : b;
+}
+
+/* The first tile that has units. */
+static inline uint32_t first_tile_of(const struct shape *s)
+{
+    return s->from / s->tile_rows;
 }
 
 struct tile hstu_plan_tile(const struct shape *s, uint32_t index);

@@ -187,7 +187,7 @@ static void count_parts(const struct shape *s, const struct neighbours *n, struc
 uint32_t hstu_plan_count(const struct shape *s, struct cutting cutting, struct lengths *l)
 {
     uint32_t plane_half_rows = 0;
-    for (uint32_t i = 0; i < s->tiles; i += s->unit_items) {
+    for (uint32_t i = first_tile_of(s); i < s->tiles; i += s->unit_items) {
         struct neighbours n;
         hstu_plan_neighbours(s, i, cutting, &n);
         plane_half_rows += half_rows(&n.lower, parts_of(&n));

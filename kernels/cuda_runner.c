@@ -237,7 +237,10 @@ static int cuda_debug(void *state, const struct hstu_sequence *sequences, uint32
                       float *block_out)
 {
     struct hstu_cuda *c = state;
+    const bool every_row = c->every_row;
+    c->every_row = true;
     int status = cuda_launch(c, sequences, count, false);
+    c->every_row = every_row;
     while (status == SKV_OK && (status = cuda_wait(c, NULL, 60000)) == SKV_ETIMEDOUT)
         status = SKV_OK;
     if (status != SKV_OK)

@@ -36,11 +36,12 @@ struct hstu_cuda_arena {
     uint64_t bytes;
     /* the batch, written by pull */
     struct hstu_counts *counts;
-    uint32_t *row_sequence, *slot; /* [rows] */
-    uint8_t *slices;               /* [rows] */
-    uint32_t *page;                /* [page_capacity] */
-    struct hstu_work *work;        /* [work_capacity] */
-    void *units;                   /* of the work list, decoded; NULL where nobody reads them */
+    uint32_t *row_sequence, *slot;      /* [rows] */
+    uint8_t *slices, *last_slices;      /* [rows] both; last: of the last layer */
+    uint32_t *page;                     /* [page_capacity] */
+    struct hstu_work *work, *last_work; /* [work_capacity] both */
+    void *units, *last_units; /* of the work lists, decoded; NULL where nobody reads them */
+    uint32_t *uvqk_wanted, *project_wanted; /* struct hstu_wanted_tiles; NULL unless fused */
     /* activations: from here to the end poison may fill */
     char *activations;
     void *x;                        /* [rows][E] */
@@ -61,9 +62,9 @@ struct hstu_cuda_pinned {
     uint64_t bytes;
     struct hstu_counts *counts;
     uint64_t *token; /* [rows] both */
-    uint8_t *slices;
+    uint8_t *slices, *last_slices;
     uint32_t *page;
-    struct hstu_work *work;
+    struct hstu_work *work, *last_work;
     float *logits; /* [rows][head_out] */
 };
 
@@ -72,7 +73,7 @@ struct hstu_cuda_written {
     volatile char *at;
     uint64_t bytes;
 };
-enum { HSTU_CUDA_PARTS = 5, HSTU_CUDA_LINE = 64 /* bytes of the CPU's */ };
+enum { HSTU_CUDA_PARTS = 7, HSTU_CUDA_LINE = 64 /* bytes of the CPU's */ };
 
 /* Which instance of a size: OR of these. */
 enum hstu_cuda_instance {
@@ -100,7 +101,7 @@ struct hstu_cuda {
     struct hstu_cuda_weights on_device;
     struct hstu_cuda_arena arena;
     struct hstu_cuda_pinned pinned;
-    struct hstu_work *plan_work; /* [work_capacity] the plan, before it is copied to the block */
+    struct hstu_work *plan_work; /* [work_capacity] a plan, before it is copied to the block */
     uint8_t *plan_slices;        /* [arena_rows] */
     struct hstu_cuda_written written[HSTU_CUDA_PARTS];
     uint32_t reclaim_part; /* where hstu_cuda_reclaim() goes on */
@@ -116,6 +117,8 @@ struct hstu_cuda {
     uint32_t graphs;
     uint64_t graphs_bytes, context_bytes;
 
+    /* The last layer makes history rows' outputs too, which no pass needs: debug(), benches. */
+    bool every_row;
     bool running;        /* launched, not waited for */
     uint32_t candidates; /* of the running pass */
     uint32_t rows;       /* query rows of it */

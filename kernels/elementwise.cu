@@ -73,20 +73,78 @@ __global__ void __launch_bounds__(NORM_WARPS * 32)
 }
 
 /* ---- prepare: the norm's statistics alone, one warp a row; in a few blocks more a unit's part a
- * thread of the first warp ---- */
+ * thread of the first warp, and in one more, a warp each, lists of wanted tiles ---- */
 
-constexpr uint32_t UNIT_BLOCKS = 16;
+constexpr uint32_t UNIT_BLOCKS = 16; /* of each of two lists */
+
+__device__ __forceinline__ hstu_work work_at(const hstu_device_batch &b, uint32_t index)
+{
+    union {
+        uint4 chunk[sizeof(hstu_work) / 16];
+        hstu_work work;
+    } item;
+    const hstu_work *from = b.work + min(index, b.work_room - 1);
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof item / 16); i++)
+        item.chunk[i] = reinterpret_cast<const uint4 *>(from)[i];
+    return item.work;
+}
 
 __device__ void make_units(const hstu_units_args &a, uint32_t block)
 {
     __shared__ sm90::item item[2][32], part[32];
-    const uint32_t lane = threadIdx.x, units = max((*a.batch.work_count + 1) / 2, a.workers);
-    for (uint32_t i = block * 32 + lane; i < units * 2; i += UNIT_BLOCKS * 32) {
+    const uint32_t lane = threadIdx.x, count = *a.batch.work_count;
+    for (uint32_t i = block * 32 + lane;; i += UNIT_BLOCKS * 32) {
+        /* Asked for beside the count itself. */
+        const hstu_work work[2] = {work_at(a.batch, i / 2 * 2), work_at(a.batch, i / 2 * 2 + 1)};
+        if (i >= max((count + 1) / 2, a.workers) * 2)
+            return;
         for (int k = 0; k < 2; k++)
-            sm90::read_item(&item[k][lane], a, i / 2 * 2 + k);
+            sm90::read_item(&item[k][lane], a, i / 2 * 2 + k < count ? &work[k] : nullptr);
         sm90::make_part(&part[lane], &item[0][lane], &item[1][lane], i % 2, a);
         static_cast<sm90::item *>(a.units)[i] = part[lane];
     }
+}
+
+/* Bits [from, end) of word `word` of a bitmap. */
+__device__ __forceinline__ uint32_t bits_of(uint32_t from, uint32_t end, uint32_t word)
+{
+    const uint32_t low = max(from, word * 32), high = min(end, word * 32 + 32);
+    return low < high ? ~0u >> (32 - (high - low)) << (low % 32) : 0;
+}
+
+/* One warp: of a bitmap of tiles each lane has a word. All that is read is asked for at once. */
+__device__ void list_wanted(const hstu_counts &c, const hstu_wanted_tiles &to)
+{
+    constexpr uint32_t EACH = SKV_MAX_BATCH / 32;
+    const uint32_t lane = threadIdx.x % 32, batch = c.layout.batch;
+    uint32_t from[EACH], end[EACH], word = 0;
+#pragma unroll
+    for (uint32_t k = 0; k < EACH; k++) {
+        const uint32_t b = lane + k * 32;
+        from[k] = c.layout.row_start[b] + c.wanted_from[b];
+        end[k] = c.layout.row_start[b + 1];
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < EACH; k++)
+#pragma unroll 1
+        for (uint32_t i = 0; i < 32 && k * 32 + i < batch; i++) {
+            const uint32_t first = __shfl_sync(~0u, from[k], i),
+                           after = __shfl_sync(~0u, end[k], i);
+            if (first < after)
+                word |= bits_of(first / to.rows, (after - 1) / to.rows + 1, lane);
+        }
+    uint32_t before = __popc(word);
+#pragma unroll
+    for (uint32_t step = 1; step < 32; step *= 2) {
+        const uint32_t of_lower = __shfl_up_sync(~0u, before, step);
+        before += lane >= step ? of_lower : 0;
+    }
+    if (lane == 31)
+        to.list[0] = before;
+    before -= __popc(word);
+    for (; word; word &= word - 1)
+        to.list[1 + before++] = lane * 32 + __ffs(word) - 1;
 }
 
 template <int CHUNKS>
@@ -96,13 +154,21 @@ __global__ void __launch_bounds__(NORM_WARPS * 32)
     const uint32_t row = blockIdx.x * NORM_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t row_blocks = (a.rows + NORM_WARPS - 1) / NORM_WARPS;
     mma::dependency_trigger();
-    if (blockIdx.x >= row_blocks && threadIdx.x < 32)
-        make_units(a.units, blockIdx.x - row_blocks);
-    if (row >= a.rows || a.row_sequence[row] == UINT32_MAX)
+    if (blockIdx.x >= row_blocks) {
+        const uint32_t block = blockIdx.x - row_blocks, which = block / UNIT_BLOCKS;
+        const uint32_t warp = threadIdx.x / 32;
+        if (which < 2 && warp == 0 && a.units[which].units)
+            make_units(a.units[which], block % UNIT_BLOCKS);
+        else if (which == 2 && warp < 2 && a.wanted[warp].rows > 0)
+            list_wanted(*a.counts, a.wanted[warp]);
         return;
+    }
+    if (row >= a.rows)
+        return;
+    const bool padding = a.row_sequence[row] == UINT32_MAX; /* as above */
     eight e[CHUNKS];
     const hstu_moments m = moments_of<CHUNKS>(a.x, row, a.columns, e);
-    if (lane == 0)
+    if (lane == 0 && !padding)
         a.out[row] = m;
 }
 
@@ -171,8 +237,12 @@ int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
 
 int hstu_launch_prepare(const struct hstu_prepare_args *args, void *stream)
 {
+    const uint32_t more = args->wanted[0].rows + args->wanted[1].rows > 0 ? 2 * UNIT_BLOCKS + 1
+                          : args->units[1].units                          ? 2 * UNIT_BLOCKS
+                          : args->units[0].units                          ? UNIT_BLOCKS
+                                                                          : 0;
     return launch_rows({prepare_kernel<1>, prepare_kernel<2>, prepare_kernel<4>, prepare_kernel<8>},
-                       *args, args->units.units ? UNIT_BLOCKS : 0, stream);
+                       *args, more, stream);
 }
 
 int hstu_launch_activate(const struct hstu_activate_args *args, void *stream)

@@ -27,6 +27,8 @@ template <int Groups, int Columns, int Stages, int Cluster> struct shape {
     static constexpr int GROUPS = Groups, COLUMNS = Columns, STAGES = Stages, CLUSTER = Cluster;
     static constexpr int DEPTH = 64; /* of a stage: one swizzled row of a */
     static constexpr int ROWS = GROUPS * 64;
+    static constexpr bool LISTED = false;
+    static constexpr uint32_t TILE_ROWS = ROWS * CLUSTER; /* of a cluster's two row tiles, or one */
     static constexpr int CHUNKS = COLUMNS / 64;
     static constexpr int PIECES = COLUMNS / 16;     /* what is finished at a time */
     static constexpr int CHUNK_BYTES = DEPTH * 128; /* 64 columns of b */
@@ -48,21 +50,33 @@ template <int Groups, int Columns, int Stages, int Cluster> struct shape {
 
 /* ---- tiles ---- */
 
-/* From one tile of a block to the next: so many rows down, so many columns to the right. */
-struct tile_step {
-    uint32_t rows, columns;
+/* A kernel that leaves out what nobody wants of the last layer: a shape of its own, as what finds
+ * the wanted tiles would cost the other layers 0.8 % of a small pass. */
+template <typename S> struct listed : S {
+    static constexpr bool LISTED = true;
+};
+
+/* In which order a kernel's tiles are taken. A listed one walks rows that follow each other without
+ * a gap: first `whole` rows, the result's own, by columns that are wanted of all of them, then
+ * those of the wanted tiles by the other columns. */
+struct tile_order {
+    uint32_t columns;                 /* of a row */
+    uint32_t step_rows, step_columns; /* from one tile of a block to its next */
+    const uint32_t *wanted;           /* the list of struct hstu_wanted_tiles */
+    uint32_t whole;                   /* a multiple of a cluster's rows */
+    uint32_t part;                    /* columns of u, v, q or k; UVQK: walks two of them */
 };
 
 /* The tiles of a block: cluster c takes tiles c, c + clusters, ... of row blocks by columns. The
  * next one is found without a division: the tensor cores wait for it. */
 template <typename S> struct schedule {
-    const uint32_t rows, n; /* parameters of the kernel, like the step: they cost nothing */
-    const tile_step &step;
+    const uint32_t rows; /* parameters of the kernel, like the order: they cost nothing */
+    const tile_order &order;
     uint32_t row, column; /* the next tile's */
-    __device__ __forceinline__ schedule(uint32_t rows_, uint32_t n_, const tile_step &step_)
-        : rows(rows_), n(n_), step(step_)
+    __device__ __forceinline__ schedule(uint32_t rows_, const tile_order &order_)
+        : rows(rows_), order(order_)
     {
-        const uint32_t first = blockIdx.x / S::CLUSTER, columns = n / S::COLUMNS;
+        const uint32_t first = blockIdx.x / S::CLUSTER, columns = order.columns / S::COLUMNS;
         row = (first / columns * S::CLUSTER + rank()) * S::ROWS;
         column = first % columns * S::COLUMNS;
     }
@@ -70,14 +84,35 @@ template <typename S> struct schedule {
     {
         *row0 = row;
         *column0 = column;
-        row += step.rows;
-        column += step.columns;
-        if (column >= n) {
-            column -= n;
-            row += S::ROWS * S::CLUSTER;
+        row += order.step_rows;
+        column += order.step_columns;
+        if (column >= order.columns) {
+            column -= order.columns;
+            row += S::TILE_ROWS;
         }
+        if (S::LISTED)
+            return find_wanted(row0, column0);
         /* By the cluster's first row: its blocks take as many tiles. */
         return *row0 - rank() * S::ROWS < rows;
+    }
+    /* From rows and columns walked to the result's. */
+    __device__ __forceinline__ bool find_wanted(uint32_t *row0, uint32_t *column0) const
+    {
+        const uint32_t base = *row0 - rank() * S::ROWS;
+        const bool whole = base < order.whole;
+        if (*column0 >= order.part) /* v, k: 1 and 3 of the parts; u, q: 0 and 2 */
+            *column0 += order.part;
+        if (whole) {
+            *column0 += order.part;
+            return true;
+        }
+        /* A cluster's blocks take neighbours in the list, the last of them maybe none: rows past
+         * the end. Both loads at once. */
+        const uint32_t first = (base - order.whole) / S::TILE_ROWS * S::CLUSTER;
+        const uint32_t mine = min(first + rank(), rows / S::ROWS);
+        const uint32_t count = __ldcg(order.wanted), tile = __ldcg(order.wanted + 1 + mine);
+        *row0 = mine < count ? tile * S::ROWS : rows;
+        return first < count;
     }
     static __device__ __forceinline__ uint32_t rank()
     {
@@ -165,7 +200,7 @@ template <typename S, int Lead, typename Parameters, typename Start>
 __device__ __forceinline__ void produce(const Parameters &p, const CUtensorMap *a,
                                         stage_ring<S> ring, Start start)
 {
-    schedule<S> tiles(p.rows, p.n, p.step);
+    schedule<S> tiles(p.rows, p.order);
     const uint32_t steps = p.k / S::DEPTH;
     uint32_t row0, column0;
     bool first = true;
@@ -283,38 +318,59 @@ __device__ __forceinline__ uint4 staged(uint32_t staging, int i)
 
 template <typename S> uint32_t tiles_of(uint32_t rows, uint32_t n)
 {
-    return (rows + S::ROWS * S::CLUSTER - 1) / (S::ROWS * S::CLUSTER) * (n / S::COLUMNS) *
-           S::CLUSTER;
+    return (rows + S::TILE_ROWS - 1) / S::TILE_ROWS * (n / S::COLUMNS) * S::CLUSTER;
 }
 
-/* Rounds of the machine that the tiles take. */
-template <typename S> uint32_t rounds_of(uint32_t rows, uint32_t n, uint32_t sm_count)
+/* Rows of tiles that are wanted of the last layer, for want of knowledge: half. Candidates of a
+ * sequence are a few hundred rows, so that most tiles of more than 128 have some. */
+template <typename S> uint32_t wanted_rows(uint32_t rows)
 {
-    return (tiles_of<S>(rows, n) + sm_count - 1) / sm_count;
+    return S::ROWS > 128 ? rows : rows / 2;
 }
 
-/* Microseconds that the product adds to a layer: S::START, and S::ROUND a round at k 1024. Fitted
- * to whole blocks on an H200 with each shape in turn; alone (bench_gemm) the widest tiles do better
- * than among the other kernels. */
-template <typename S> double estimate(uint32_t rows, uint32_t n, uint32_t k, uint32_t sm_count)
+/* Microseconds that the product adds to a layer: S::START, and S::ROUND for every round of the
+ * machine at k 1024. Fitted to whole blocks on an H200 with each shape in turn; alone (bench_gemm)
+ * the widest tiles do better than among the other kernels. */
+template <typename S> double estimate(uint32_t tiles, uint32_t n, uint32_t k, uint32_t sm_count)
 {
     if (n % S::COLUMNS)
         return INFINITY;
-    return S::START + S::ROUND * k / 1024 * rounds_of<S>(rows, n, sm_count);
+    const uint32_t rounds = (tiles + sm_count - 1) / sm_count;
+    return S::START + S::ROUND * k / 1024 * rounds;
 }
 
-/* Of those from `first` to `last` the tiles with the least cost. */
+/* What a launch uses. */
+struct choice {
+    enum hstu_tiles tiles;
+    bool listed;
+};
+
+constexpr double OTHER_CODE = 1; /* us: a kernel that no other layer uses */
+
+/* Of tiles from `first` to `last` those with the least cost, or `fixed` ones; listed ones, which
+ * may_list says are asked for, only where that is less. cost(tiles, listed): in us; INFINITY: there
+ * is no such kernel. */
 template <typename Cost>
-enum hstu_tiles fastest_tiles(enum hstu_tiles first, enum hstu_tiles last, Cost cost)
+struct choice choose_tiles(enum hstu_tiles fixed, enum hstu_tiles first, enum hstu_tiles last,
+                           bool may_list, Cost cost)
 {
-    int best = last;
-    for (int tiles = first; tiles < last; tiles++)
-        if (cost((enum hstu_tiles)tiles) < cost((enum hstu_tiles)best))
-            best = tiles;
-    return (enum hstu_tiles)best;
+    if (fixed != HSTU_TILES_ANY)
+        return {fixed, may_list && cost(fixed, true) < INFINITY};
+    struct choice best = {last, false};
+    double least = INFINITY;
+    for (int listed = 0; listed <= (int)may_list; listed++)
+        for (int tiles = first; tiles <= last; tiles++) {
+            const double us = cost((enum hstu_tiles)tiles, listed) + listed * OTHER_CODE;
+            if (us < least) {
+                least = us;
+                best = {(enum hstu_tiles)tiles, (bool)listed};
+            }
+        }
+    return best;
 }
 
-/* A block a multiprocessor at most. `early`: may start while the kernel before it ends. */
+/* A block a multiprocessor at most. `early`: may start while the kernel before it ends. The order
+ * is given but for what the tiles say of it. */
 template <typename S, typename Parameters>
 int launch_tiles(void (*kernel)(Parameters), Parameters p, uint32_t sm_count, int shared,
                  bool early, cudaStream_t stream)
@@ -325,9 +381,10 @@ int launch_tiles(void (*kernel)(Parameters), Parameters p, uint32_t sm_count, in
         return SKV_ENOTSUP;
     }
     const uint32_t most = sm_count / S::CLUSTER * S::CLUSTER, tiles = tiles_of<S>(p.rows, p.n);
-    const uint32_t blocks = tiles < most ? tiles : most, columns = p.n / S::COLUMNS;
-    p.step.rows = blocks / S::CLUSTER / columns * S::CLUSTER * S::ROWS;
-    p.step.columns = blocks / S::CLUSTER % columns * S::COLUMNS;
+    const uint32_t blocks = tiles < most ? tiles : most; /* listed: that many at most */
+    const uint32_t columns = p.order.columns / S::COLUMNS;
+    p.order.step_rows = blocks / S::CLUSTER / columns * S::CLUSTER * S::ROWS;
+    p.order.step_columns = blocks / S::CLUSTER % columns * S::COLUMNS;
     cudaLaunchAttribute attribute[2] = {};
     attribute[0].id = cudaLaunchAttributeClusterDimension;
     attribute[0].val.clusterDim.x = S::CLUSTER;

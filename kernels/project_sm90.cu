@@ -53,7 +53,7 @@ struct parameters {
     CUtensorMap y, b, x, out; /* out is x too, in boxes of a warp's staging */
     hstu_moments *moments;
     uint32_t rows, n, k;
-    tile_step step;
+    tile_order order;
     uint64_t b_policy;
 };
 
@@ -186,7 +186,7 @@ template <typename S> struct consumer {
 
     __device__ __forceinline__ void run()
     {
-        schedule<S> tiles(p.rows, p.n, p.step);
+        schedule<S> tiles(p.rows, p.order);
         const uint32_t steps = p.k / S::DEPTH;
         uint32_t row0, column0;
         float d[S::COLUMNS / 2];
@@ -246,30 +246,47 @@ template <typename S> int launch(const struct hstu_project_args *args, cudaStrea
     p.n = n;
     p.k = k;
     p.b_policy = args->spares_l2 ? sm90::L2_FIRST_OUT : sm90::L2_USUAL;
+    p.order.columns = n;
+    p.order.wanted = args->wanted;
+    p.order.part = UINT32_MAX; /* all columns are alike */
     return launch_tiles<S>(project_kernel<S>, p, args->sm_count, S::SHARED, args->early, stream);
 }
 
-enum hstu_tiles choose(const struct hstu_project_args *args)
+template <typename S> double cost(const struct hstu_project_args *args, bool listed)
 {
-    if (args->tiles != HSTU_TILES_ANY)
-        return args->tiles;
-    return fastest_tiles(HSTU_TILES_128X256, HSTU_TILES_64X64, [&](enum hstu_tiles tiles) {
-        return with_shape(tiles, [&](auto shape) {
-            return estimate<decltype(shape)>(args->rows, args->n, args->k, args->sm_count);
-        });
-    });
+    const uint32_t rows = listed ? wanted_rows<S>(args->rows) : args->rows;
+    return estimate<S>(tiles_of<S>(rows, args->n), args->n, args->k, args->sm_count);
+}
+
+struct choice choose(const struct hstu_project_args *args)
+{
+    return choose_tiles(args->tiles, HSTU_TILES_128X256, HSTU_TILES_64X64, args->wanted,
+                        [&](enum hstu_tiles tiles, bool listed) {
+                            return with_shape(tiles, [&](auto shape) {
+                                return cost<decltype(shape)>(args, listed);
+                            });
+                        });
 }
 
 } // namespace
 
 uint32_t hstu_project_sm90_parts(const struct hstu_project_args *args)
 {
-    return with_shape(choose(args), [&](auto shape) { return args->n / shape.COLUMNS; });
+    return with_shape(choose(args).tiles, [&](auto shape) { return args->n / shape.COLUMNS; });
+}
+
+uint32_t hstu_project_sm90_listed_rows(const struct hstu_project_args *args)
+{
+    const struct choice choice = choose(args);
+    return choice.listed ? with_shape(choice.tiles, [](auto shape) { return shape.ROWS; }) : 0;
 }
 
 int hstu_launch_project_sm90(const struct hstu_project_args *args, void *stream)
 {
-    return with_shape(choose(args), [&](auto shape) {
-        return launch<decltype(shape)>(args, (cudaStream_t)stream);
+    const struct choice choice = choose(args);
+    return with_shape(choice.tiles, [&](auto shape) {
+        using S = decltype(shape);
+        return choice.listed ? launch<listed<S>>(args, (cudaStream_t)stream)
+                             : launch<S>(args, (cudaStream_t)stream);
     });
 }

@@ -4,7 +4,7 @@
  * work items, 16 bytes a thread; the others take 16 rows or more each, first a thread a row, then a
  * warp.
  *
- * Moves over PCIe: 9 bytes a row, 4 a page, 48 a work item, sizeof(struct hstu_counts), and
+ * Moves over PCIe: 10 bytes a row, 4 a page, 48 a work item, sizeof(struct hstu_counts), and
  * struct hstu_layout once more for every block; on the device two table rows read and one row of x
  * written per row. What counts on PCIe is the number of requests and of round trips, 1.5 us each.
  * Requests: neighbouring lanes read whole lines, a block's 16 tokens one. (Loads marked volatile go
@@ -42,24 +42,34 @@ static_assert(sizeof(hstu_work) % 16 == 0, "copied 16 bytes at a time");
 /* Counts at once; then, their lengths known, page ids and work items as one list. */
 __device__ void copy_lists(const hstu_pull_args &a)
 {
-    __shared__ uint32_t page_chunks, work_chunks;
+    __shared__ uint32_t page_chunks, work_chunks, last_chunks;
     const uint32_t thread = blockIdx.x * THREADS + threadIdx.x, threads = COPY_BLOCKS * THREADS;
     /* In a warp that copies no counts, and both at once: no load waits for another. */
     if (threadIdx.x == THREADS - 1) {
-        const uint32_t pages = a.counts->layout.pages, work = a.counts->layout.work;
+        const struct hstu_layout &l = a.counts->layout;
+        const uint32_t pages = l.pages, work = l.work, last_work = l.last_work;
         page_chunks = (pages + LINE_PAGES - 1) / LINE_PAGES * LINE_CHUNKS;
         work_chunks = work * (sizeof *a.work / 16);
+        last_chunks = last_work * (sizeof *a.work / 16);
     }
     copy16(a.to_counts, a.counts, sizeof *a.counts, thread, threads);
     __syncthreads();
     const uint4 *page = reinterpret_cast<const uint4 *>(a.page);
     const uint4 *work = reinterpret_cast<const uint4 *>(a.work);
+    const uint4 *last = reinterpret_cast<const uint4 *>(a.last_work);
     uint4 *to_page = reinterpret_cast<uint4 *>(a.to_page);
     uint4 *to_work = reinterpret_cast<uint4 *>(a.to_work);
-    for (uint32_t i = thread; i < page_chunks + work_chunks; i += threads) {
-        const bool is_page = i < page_chunks;
-        const uint4 chunk = is_page ? page[i] : work[i - page_chunks];
-        *(is_page ? to_page + i : to_work + (i - page_chunks)) = chunk;
+    uint4 *to_last = reinterpret_cast<uint4 *>(a.to_last_work);
+    const uint32_t before_last = page_chunks + work_chunks;
+    for (uint32_t i = thread; i < before_last + last_chunks; i += threads) {
+        const uint32_t in_work = i - page_chunks, in_last = i - before_last;
+        const uint4 *from = i < page_chunks   ? page + i
+                            : i < before_last ? work + in_work
+                                              : last + in_last;
+        uint4 *to = i < page_chunks   ? to_page + i
+                    : i < before_last ? to_work + in_work
+                                      : to_last + in_last;
+        *to = *from;
     }
 }
 
@@ -109,10 +119,11 @@ __device__ void place_and_embed(const hstu_pull_args &a, uint32_t row0, uint32_t
     const uint32_t row = row0 + threadIdx.x;
     const bool mine = threadIdx.x < block_rows && row < a.rows;
     uint64_t token = 0;
-    uint8_t slices = 0;
+    uint8_t slices = 0, last_slices = 0;
     if (mine) {
         token = a.token[row];
         slices = a.slices[row];
+        last_slices = a.last_slices[row];
     }
     copy16(&layout, &a.counts->layout, sizeof layout, threadIdx.x, THREADS);
     __syncthreads();
@@ -126,6 +137,7 @@ __device__ void place_and_embed(const hstu_pull_args &a, uint32_t row0, uint32_t
         tables[threadIdx.x] = {hstu_mix_row(token, a.embedding_rows), place.position};
         a.to_row_sequence[row] = place.sequence;
         a.to_slices[row] = slices;
+        a.to_last_slices[row] = last_slices;
     }
     __syncthreads();
 

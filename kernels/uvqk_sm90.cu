@@ -58,7 +58,7 @@ struct parameters {
     const uint32_t *slot;
     page_layout pages;
     uint32_t rows, n, k, parts;
-    tile_step step;
+    tile_order order;
     uint64_t b_policy;
     float part_share, value_share; /* 1 / parts, 1 / k */
     float eps;
@@ -183,7 +183,7 @@ template <int Batch> __device__ __forceinline__ float2 norm_of(const parameters 
 template <typename S> __device__ void note(const parameters &p, tile_notes<S> notes)
 {
     constexpr int BATCH = 8;
-    schedule<S> tiles(p.rows, p.n, p.step);
+    schedule<S> tiles(p.rows, p.order);
     const uint32_t thread = threadIdx.x - 32;
     uint32_t row0, column0;
     for (bool first = true; tiles.take(&row0, &column0); first = false, notes.tile++) {
@@ -273,7 +273,7 @@ template <typename S>
 __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> notes,
                         uint32_t group)
 {
-    schedule<S> tiles(p.rows, p.n, p.step);
+    schedule<S> tiles(p.rows, p.order);
     const uint32_t thread = threadIdx.x % 128, lane = thread % 32;
     const uint32_t warp = group * 4 + thread / 32;
     const uint32_t staging = ring.shared + S::STAGING + warp * STAGING_BYTES;
@@ -408,21 +408,50 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.part_share = 1.0f / args->parts;
     p.value_share = 1.0f / args->k;
     p.eps = args->eps;
+    p.order.columns = S::LISTED ? args->n / 2 : args->n;
+    p.order.wanted = args->wanted;
+    p.order.whole = (args->rows + S::TILE_ROWS - 1) / S::TILE_ROWS * S::TILE_ROWS;
+    p.order.part = args->n / 4;
     return launch_tiles<S>(uvqk_kernel<S>, p, args->sm_count, tile_notes<S>::SHARED, args->early,
                            stream);
 }
 
+/* INFINITY where what nobody wants cannot be left out, as a tile would have columns of two parts.
+ */
+template <typename S> double cost(const struct hstu_uvqk_args *args, bool listed)
+{
+    if (listed && args->n / 4 % S::COLUMNS)
+        return INFINITY;
+    uint32_t tiles = tiles_of<S>(args->rows, args->n);
+    if (listed)
+        tiles = (tiles + tiles_of<S>(wanted_rows<S>(args->rows), args->n)) / 2;
+    return estimate<S>(tiles, args->n, args->k, args->sm_count);
+}
+
+struct choice choose(const struct hstu_uvqk_args *args)
+{
+    return choose_tiles(args->tiles, HSTU_TILES_256X128, HSTU_TILES_128X128, args->wanted,
+                        [&](enum hstu_tiles tiles, bool listed) {
+                            return with_shape(tiles, [&](auto shape) {
+                                return cost<decltype(shape)>(args, listed);
+                            });
+                        });
+}
+
 } // namespace
+
+uint32_t hstu_uvqk_sm90_listed_rows(const struct hstu_uvqk_args *args)
+{
+    const struct choice choice = choose(args);
+    return choice.listed ? with_shape(choice.tiles, [](auto shape) { return shape.ROWS; }) : 0;
+}
 
 int hstu_launch_uvqk_sm90(const struct hstu_uvqk_args *args, void *stream)
 {
-    enum hstu_tiles tiles = args->tiles;
-    if (tiles == HSTU_TILES_ANY)
-        tiles = fastest_tiles(HSTU_TILES_256X128, HSTU_TILES_128X128, [&](enum hstu_tiles of) {
-            return with_shape(of, [&](auto shape) {
-                return estimate<decltype(shape)>(args->rows, args->n, args->k, args->sm_count);
-            });
-        });
-    return with_shape(
-        tiles, [&](auto shape) { return launch<decltype(shape)>(args, (cudaStream_t)stream); });
+    const struct choice choice = choose(args);
+    return with_shape(choice.tiles, [&](auto shape) {
+        using S = decltype(shape);
+        return choice.listed ? launch<listed<S>>(args, (cudaStream_t)stream)
+                             : launch<S>(args, (cudaStream_t)stream);
+    });
 }

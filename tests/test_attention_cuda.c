@@ -116,9 +116,15 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     uint32_t capacity = hstu_plan_capacity(path, g, rows, bed->count);
     struct hstu_work *work = calloc(capacity, sizeof *work);
-    counts.layout.work = hstu_plan(path, g, bed->group, bed->sequences, bed->count, rows,
-                                   (uint32_t)sms, planes, work, capacity, slices);
-    cr_assert_gt(counts.layout.work, 0);
+    const struct hstu_plan_args plan = {.path = path,
+                                        .geometry = g,
+                                        .group = bed->group,
+                                        .rows = rows,
+                                        .sm_count = (uint32_t)sms,
+                                        .max_slices = planes,
+                                        .sequences = bed->sequences,
+                                        .count = bed->count};
+    cr_assert(hstu_plan(&plan, work, capacity, slices, &counts.layout.work));
     struct hstu_counts *on_counts = on_device(&counts, sizeof counts);
     uint64_t plane = (uint64_t)rows * HD;
     float *partial = malloc(planes * plane * 4);
@@ -141,6 +147,7 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
                   .slot = on_device(slot, rows * 4),
                   .slices = on_device(slices, rows),
                   .work = on_device(work, counts.layout.work * sizeof *work),
+                  .work_room = counts.layout.work,
                   .work_count = &on_counts->layout.work,
                   .target_start = on_counts->target_start,
                   .next = on_counts->next},
@@ -153,7 +160,7 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     CUDA(cudaStreamCreate(&stream));
     if (path->unit_items == 2) {
         void *units = on_device(NULL, hstu_units_bytes(counts.layout.work, (uint32_t)sms));
-        struct hstu_prepare_args prepare = {.units = hstu_units_of(&args, units)};
+        struct hstu_prepare_args prepare = {.units = {hstu_units_of(&args, units)}};
         args.units = units;
         cr_assert_eq(hstu_launch_prepare(&prepare, stream), SKV_OK);
     }

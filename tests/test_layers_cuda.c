@@ -133,36 +133,79 @@ static void prefill(struct rig *r, const struct hstu_sequence *s)
         cudaMemcpy(r->on_pool, r->pool, POOL_PAGES * r->page_elements * 2, cudaMemcpyHostToDevice));
 }
 
+/* Of rows x [rows][columns] those of candidates, moved to the front. Returns how many values. */
+static uint64_t keep_candidates(const struct hstu_sequence *s, uint32_t count, uint64_t columns,
+                                float *x)
+{
+    uint64_t row = 0, kept = 0;
+    for (uint32_t b = 0; b < count; b++) {
+        row += s[b].history - s[b].cached;
+        memmove(x + kept * columns, x + row * columns, s[b].targets * columns * sizeof *x);
+        row += s[b].targets;
+        kept += s[b].targets;
+    }
+    return kept * columns;
+}
+
+/* A pass as a worker runs it: the last layer computes what candidates need and no more. Everything
+ * on the device but weights and pages is NaN before. Out: the candidates' rows; their logits,
+ * unless NULL. */
+static void serve(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t count,
+                  float *candidates, float *logits)
+{
+    cr_assert_eq(hstu_cuda_poison(c), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.launch(c, s, count, false), SKV_OK);
+    cr_assert_eq(hstu_backend_cuda.wait(c, logits, 10000), SKV_OK);
+    const uint64_t elements = (uint64_t)c->rows * c->model.embed;
+    uint16_t *x = to_host(c->arena.x, elements * 2 + 2);
+    for (uint64_t i = 0; i < elements; i++)
+        candidates[i] = bf16_to_float(x[i]);
+    keep_candidates(s, count, c->model.embed, candidates);
+    free(x);
+}
+
+/* Every row; logits of a pass as a worker runs it. */
 static void run(struct rig *r, const struct hstu_sequence *s, uint32_t count, float *out,
                 float *logits)
 {
-    cr_assert_eq(hstu_backend_cuda.debug(r->runner, s, count, out), SKV_OK);
     if (logits)
-        memcpy(logits, r->runner->pinned.logits,
-               r->runner->candidates * r->model.head_out * sizeof *logits);
+        serve(r->runner, s, count, out, logits);
+    cr_assert_eq(hstu_backend_cuda.debug(r->runner, s, count, out), SKV_OK);
 }
 
-/* Block output, logits and appended pages of one batch, within the tolerance. */
+static void check_distance(const struct hstu_cuda *c, struct distance d, const char *name,
+                           const char *what)
+{
+    printf("%s, %s, %s, %s: max %.2f mean %.2f of the limit\n", name, c->path->name,
+           hstu_cuda_products(c), what, d.max, d.mean);
+    cr_assert(d.max <= 1 && d.mean <= 1, "%s, %s, %s: max %.2f mean %.2f of the limit", name,
+              c->path->name, what, d.max, d.mean);
+}
+
+/* Block output, logits and appended pages of one batch, within the tolerance: every row, and as a
+ * worker runs it. */
 static void check_pass(struct rig *r, const struct hstu_sequence *s, uint32_t count,
                        const char *name)
 {
     const uint64_t elements = (uint64_t)rows_of_all(s, count) * r->model.embed;
     const uint64_t pool_elements = POOL_PAGES * r->page_elements;
     float *x = malloc(elements * 4 + 4), *r32 = malloc(elements * 4 + 4);
-    float *r16 = malloc(elements * 4 + 4);
+    float *r16 = malloc(elements * 4 + 4), *served = malloc(elements * 4 + 4);
     float *scores = calloc(MAX_ROWS * 3, 4), *scores32 = calloc(MAX_ROWS * 3, 4);
-    uint16_t *appended = malloc(pool_elements * 2);
+    uint16_t *appended = malloc(pool_elements * 2), *served_pool = malloc(pool_elements * 2);
     uint16_t *pool32 = malloc(pool_elements * 2), *pool16 = malloc(pool_elements * 2);
     memcpy(pool32, r->pool, pool_elements * 2);
     cr_assert_eq(hstu_reference_pass(r->weights, s, count, pool32, false, r32, scores32), SKV_OK);
     memcpy(pool16, r->pool, pool_elements * 2);
     cr_assert_eq(hstu_reference_pass(r->weights, s, count, pool16, true, r16, NULL), SKV_OK);
-    run(r, s, count, x, scores);
-    struct distance d = distance_of(x, r32, r16, elements, 0);
-    printf("%s, %s, %s: max %.2f mean %.2f of the limit\n", name, r->runner->path->name,
-           hstu_cuda_products(r->runner), d.max, d.mean);
-    cr_assert(d.max <= 1 && d.mean <= 1, "%s, %s: max %.2f mean %.2f of the limit", name,
-              r->runner->path->name, d.max, d.mean);
+    serve(r->runner, s, count, served, scores);
+    CUDA(cudaMemcpy(served_pool, r->on_pool, pool_elements * 2, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(r->on_pool, r->pool, pool_elements * 2, cudaMemcpyHostToDevice));
+    run(r, s, count, x, NULL);
+    check_distance(r->runner, distance_of(x, r32, r16, elements, 0), name, "every row");
+    keep_candidates(s, count, r->model.embed, r32);
+    const uint64_t kept = keep_candidates(s, count, r->model.embed, r16);
+    check_distance(r->runner, distance_of(served, r32, r16, kept, 0), name, "candidates");
     for (uint32_t i = 0; i < r->runner->candidates * r->model.head_out; i++)
         cr_assert_float_eq(scores[i], scores32[i], 0.05f, "%s: logit %u: %f, not %f", name, i,
                            scores[i], scores32[i]);
@@ -180,12 +223,11 @@ static void check_pass(struct rig *r, const struct hstu_sequence *s, uint32_t co
         kv32[written] = bf16_to_float(pool32[i]);
         kv16[written++] = bf16_to_float(pool16[i]);
     }
-    d = distance_of(kv, kv32, kv16, written, 0);
-    cr_assert(d.max <= 1 && d.mean <= 1, "%s, %s: appended: max %.2f mean %.2f of the limit", name,
-              r->runner->path->name, d.max, d.mean);
+    check_distance(r->runner, distance_of(kv, kv32, kv16, written, 0), name, "appended");
+    cr_assert_eq(memcmp(served_pool, appended, pool_elements * 2), 0, "%s: pages differ", name);
     memcpy(r->pool, appended, pool_elements * 2);
-    free(x), free(r32), free(r16), free(scores), free(scores32), free(appended);
-    free(pool32), free(pool16), free(kv);
+    free(x), free(r32), free(r16), free(served), free(scores), free(scores32), free(appended);
+    free(pool32), free(pool16), free(served_pool), free(kv);
 }
 
 static const char *const both[] = {"portable", NULL}; /* NULL: the device's own */
@@ -575,6 +617,7 @@ static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h
     const uint64_t page_bytes = skv_page_bytes(&c->model.geometry);
     const uint64_t elements = UINT64_C(1) * batch * (n + 256) * c->model.embed;
     float *x = malloc(elements * 4), *r32 = malloc(elements * 4), *r16 = malloc(elements * 4);
+    float *served = malloc(elements * 4), *again = malloc(elements * 4);
     struct hstu_sequence s[8];
     double worst = 0;
     CUDA(cudaMemset(c->pool, 0xff, c->pool_pages * page_bytes));
@@ -600,7 +643,23 @@ static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h
         worst = fmax(worst, fmax(d.max, d.mean));
         check_repeats(runner[k], s, batch, x, elements);
     }
-    free(x), free(r32), free(r16);
+    keep_candidates(s, batch, c->model.embed, r32);
+    const uint64_t kept = keep_candidates(s, batch, c->model.embed, r16);
+    for (int k = 0; k < 2; k++) {
+        serve(runner[k], s, batch, served, NULL);
+        struct distance d = distance_of(served, r32, r16, kept, 0);
+        cr_expect(d.max <= 1 && d.mean <= 1,
+                  "%s: candidates of batch %u, history %u, new %u: max %.2f mean %.2f of the limit",
+                  runner[k]->path->name, batch, h, n, d.max, d.mean);
+        worst = fmax(worst, fmax(d.max, d.mean));
+        for (int i = 0; i < 2; i++) {
+            serve(runner[k], s, batch, again, NULL);
+            cr_expect_eq(memcmp(again, served, kept * 4), 0,
+                         "%s: candidates of batch %u, history %u, new %u: not the same bits again",
+                         runner[k]->path->name, batch, h, n);
+        }
+    }
+    free(x), free(r32), free(r16), free(served), free(again);
     return worst;
 }
 

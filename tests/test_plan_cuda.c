@@ -43,11 +43,27 @@ static uint32_t rows_of(const struct hstu_sequence *s)
     return s->history - s->cached + s->targets;
 }
 
+static struct hstu_plan_args plan_args(const struct hstu_attention_path *path,
+                                       const struct hstu_sequence *sequences, uint32_t count,
+                                       uint32_t rows)
+{
+    return (struct hstu_plan_args){.path = path,
+                                   .geometry = &geometry,
+                                   .group = GROUP,
+                                   .rows = rows,
+                                   .sm_count = SMS,
+                                   .max_slices = hstu_plan_slices(rows),
+                                   .sequences = sequences,
+                                   .count = count};
+}
+
 static uint32_t plan(const struct hstu_attention_path *path, const struct hstu_sequence *sequences,
                      uint32_t count, uint32_t rows)
 {
-    return hstu_plan(path, &geometry, GROUP, sequences, count, rows, SMS, hstu_plan_slices(rows),
-                     work, ROOM, row_slices);
+    const struct hstu_plan_args args = plan_args(path, sequences, count, rows);
+    uint32_t items;
+    cr_assert(hstu_plan(&args, work, ROOM, row_slices, &items));
+    return items;
 }
 
 static uint32_t least(uint32_t a, uint32_t b)
@@ -121,19 +137,46 @@ static uint32_t tile_rows_of(const struct hstu_attention_path *path, uint32_t it
     return path->halved_rows && largest <= whole / 2 ? whole / 2 : whole;
 }
 
-/* Every (row, head) has its slices exactly once, and they partition [0, row's tile end). */
-static void check_cover(const struct hstu_attention_path *path,
-                        const struct hstu_sequence *sequences, uint32_t count, uint32_t rows)
+/* The first row of a sequence's first tile: its first, or of the tile of the first candidate. */
+static uint32_t planned_from(const struct hstu_plan_args *args, uint32_t items, uint32_t sequence)
 {
-    uint32_t items = plan(path, sequences, count, rows), first = 0;
+    const struct hstu_sequence *s = &args->sequences[sequence];
+    const uint32_t added = s->history - s->cached, tile_rows = args->path->tile_rows(256);
+    uint32_t from = rows_of(s);
+    for (uint32_t i = 0; i < items; i++)
+        if (work[i].sequence == sequence && work[i].rows > 0)
+            from = least(from, work[i].row0);
+    if (!args->candidates_only)
+        cr_assert_eq(from, 0);
+    else if (s->targets == 0)
+        cr_assert_eq(from, rows_of(s), "nobody wants anything of it");
+    else if (args->path->halved_rows == 0)
+        cr_assert_eq(from, added / tile_rows * tile_rows);
+    else
+        cr_assert(from <= added && added < from + tile_rows);
+    return from;
+}
+
+/* Every (row, head) of a planned tile has its slices exactly once, and they partition [0, row's
+ * tile end). */
+static void check_cover_of(const struct hstu_plan_args *args)
+{
+    const struct hstu_attention_path *path = args->path;
+    const struct hstu_sequence *sequences = args->sequences;
+    const uint32_t count = args->count, rows = args->rows;
+    uint32_t items, first = 0;
     uint32_t holes = 0;
     uint64_t covered = 0, wanted = 0;
-    for (uint32_t b = 0; b < count; first += rows_of(&sequences[b++]))
+    memset(row_slices, 0xff, rows);
+    cr_assert(hstu_plan(args, work, ROOM, row_slices, &items));
+    for (uint32_t b = 0; b < count; first += rows_of(&sequences[b++])) {
+        const uint32_t from = planned_from(args, items, b);
         for (uint32_t r = 0; r < rows_of(&sequences[b]); r++) {
-            cr_assert_geq(row_slices[first + r], 1);
+            cr_assert_eq(row_slices[first + r] > 0, r >= from);
             cr_assert_leq(row_slices[first + r], hstu_plan_slices(rows));
             wanted += (uint64_t)row_slices[first + r] * geometry.heads;
         }
+    }
     for (; first < rows; first++)
         cr_assert_eq(row_slices[first], 0);
     for (uint32_t i = 0; i < items; i++) {
@@ -167,6 +210,16 @@ static void check_cover(const struct hstu_attention_path *path,
         cr_assert_eq(w->slice + 1 == w->slices, w->key1 == end);
     }
     cr_assert_eq(covered, wanted);
+}
+
+static void check_cover(const struct hstu_attention_path *path,
+                        const struct hstu_sequence *sequences, uint32_t count, uint32_t rows)
+{
+    struct hstu_plan_args args = plan_args(path, sequences, count, rows);
+    args.candidates_only = true;
+    check_cover_of(&args);
+    args.candidates_only = false;
+    check_cover_of(&args);
 }
 
 Test(plan, items_cover_every_row_and_key_once)
@@ -519,12 +572,44 @@ Test(plan, too_small_a_room_is_refused)
 {
     struct hstu_sequence s = sequence(128, 0, 0);
     geometry.heads = 3;
-    cr_assert_eq(hstu_plan(&small_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 5, row_slices),
-                 0);
-    cr_assert_eq(hstu_plan(&large_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 3, row_slices),
-                 0);
-    cr_assert_eq(hstu_plan(&large_tiles, &geometry, 1, &s, 1, 128, SMS, 16, work, 4, row_slices),
-                 4);
+    const struct hstu_plan_args small = plan_args(&small_tiles, &s, 1, 128);
+    const struct hstu_plan_args large = plan_args(&large_tiles, &s, 1, 128);
+    uint32_t items = 0;
+    cr_assert_not(hstu_plan(&small, work, 5, row_slices, &items));
+    cr_assert_not(hstu_plan(&large, work, 3, row_slices, &items));
+    cr_assert_eq(items, 0);
+    cr_assert(hstu_plan(&large, work, 4, row_slices, &items));
+    cr_assert_eq(items, 4);
+}
+
+static void check_items(const struct hstu_layout *l, const struct hstu_work *items, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        cr_assert_eq(items[i].row_start, l->row_start[items[i].sequence]);
+        cr_assert_eq(items[i].page_start, l->page_start[items[i].sequence]);
+    }
+}
+
+/* Of the last layer: what is wanted has slices, and items of as many rows, all heads together. */
+static void check_wanted(const struct hstu_cuda *c, const struct hstu_sequence *sequences,
+                         uint32_t count)
+{
+    const struct hstu_cuda_pinned *p = &c->pinned;
+    uint64_t item_rows = 0, slices = 0;
+    for (uint32_t b = 0, row = 0; b < count; b++) {
+        const struct hstu_sequence *s = &sequences[b];
+        const uint32_t from = c->every_row ? 0 : s->history - s->cached;
+        cr_assert_eq(p->counts->wanted_from[b], from);
+        for (uint32_t i = 0; i < rows_of(s); i++, row++) {
+            cr_assert(p->last_slices[row] > 0 || i < from);
+            slices += p->last_slices[row];
+            if (c->every_row)
+                cr_assert_eq(p->last_slices[row], p->slices[row]);
+        }
+    }
+    for (uint32_t i = 0; i < p->counts->layout.last_work; i++)
+        item_rows += p->last_work[i].rows;
+    cr_assert_eq(item_rows, slices * geometry.heads);
 }
 
 /* Every row, by its definition, from what pull reads and by the function that pull calls. */
@@ -557,14 +642,13 @@ static void check_rows(const struct hstu_cuda *c, const struct hstu_sequence *se
                 cr_assert_eq(place.page, UINT32_MAX);
         }
     }
-    for (uint32_t i = 0; i < l->work; i++) {
-        cr_assert_eq(work[i].row_start, l->row_start[work[i].sequence]);
-        cr_assert_eq(work[i].page_start, l->page_start[work[i].sequence]);
-    }
+    check_items(l, p->work, l->work);
+    check_items(l, p->last_work, l->last_work);
     for (; row < graph_rows; row++) {
         cr_assert_eq(hstu_place_row(l, row, page_tokens, buckets).sequence, UINT32_MAX);
-        cr_assert_eq(p->slices[row], 0);
+        cr_assert(p->slices[row] == 0 && p->last_slices[row] == 0);
     }
+    check_wanted(c, sequences, count);
 }
 
 enum { BATCH_ROWS = 8192 };
@@ -574,23 +658,27 @@ static struct hstu_cuda runner(void)
 {
     static struct hstu_counts counts;
     static uint64_t tokens[BATCH_ROWS];
-    static uint8_t slices[BATCH_ROWS];
+    static uint8_t slices[BATCH_ROWS], last_slices[BATCH_ROWS];
     static uint32_t pages[BATCH_ROWS];
-    static struct hstu_work planned[ROOM];
-    return (struct hstu_cuda){
-        .model = {.geometry = geometry, .group = 1, .position_buckets = 1024},
-        .path = &small_tiles,
-        .sm_count = SMS,
-        .max_rows = BATCH_ROWS,
-        .max_batch = SKV_MAX_BATCH,
-        .pool = pages, /* only asked whether there is one */
-        .pool_pages = UINT32_MAX / 64,
-        .page_capacity = BATCH_ROWS,
-        .work_capacity = ROOM,
-        .plan_work = planned,
-        .plan_slices = row_slices,
-        .pinned = {
-            .counts = &counts, .token = tokens, .slices = slices, .page = pages, .work = work}};
+    static struct hstu_work planned[ROOM], last_work[ROOM];
+    return (struct hstu_cuda){.model = {.geometry = geometry, .group = 1, .position_buckets = 1024},
+                              .path = &small_tiles,
+                              .sm_count = SMS,
+                              .max_rows = BATCH_ROWS,
+                              .max_batch = SKV_MAX_BATCH,
+                              .pool = pages, /* only asked whether there is one */
+                              .pool_pages = UINT32_MAX / 64,
+                              .page_capacity = BATCH_ROWS,
+                              .work_capacity = ROOM,
+                              .plan_work = planned,
+                              .plan_slices = row_slices,
+                              .pinned = {.counts = &counts,
+                                         .token = tokens,
+                                         .slices = slices,
+                                         .last_slices = last_slices,
+                                         .page = pages,
+                                         .work = work,
+                                         .last_work = last_work}};
 }
 
 Test(batch, rows_are_as_defined)
@@ -603,6 +691,7 @@ Test(batch, rows_are_as_defined)
     uint32_t checked = 0;
     for (int round = 0; round < 300; round++) {
         c.model.geometry.page_tokens = 16u << rand() % 4;
+        c.every_row = round % 5 == 0;
         c.model.position_buckets = round % 3 ? 1024 : 100; /* fewer than a history: clamped */
         /* Few sequences with many rows, or all that there can be; every fourth without rows. */
         uint32_t count = round % 10 ? 1 + (uint32_t)rand() % 6 : SKV_MAX_BATCH, graph_rows;

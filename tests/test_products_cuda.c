@@ -69,6 +69,51 @@ static void fold_norm(uint16_t *b, const uint16_t *weight, const uint16_t *norm_
  * not there. */
 enum { FIRST_PAGE = 100003 };
 
+/* Every third row tile and the last, as struct hstu_wanted_tiles has them. */
+static uint32_t *wanted_on_device(uint32_t rows, uint32_t tile_rows, bool *wanted)
+{
+    const uint32_t tiles = (rows + tile_rows - 1) / tile_rows;
+    uint32_t *list = calloc(tiles + 2, 4);
+    list[0] = 0;
+    for (uint32_t t = 0; t < tiles; t++) {
+        const bool is = t % 3 == 1 || t + 1 == tiles;
+        if (is)
+            list[++list[0]] = t;
+        for (uint32_t r = t * tile_rows; r < rows && r < (t + 1) * tile_rows; r++)
+            wanted[r] = is;
+    }
+    uint32_t *on = on_device(list, (tiles + 2) * 4);
+    free(list);
+    return on;
+}
+
+/* Of rows that nobody wants UVQK makes v and k alone: m's bits, and pages, as of all. */
+static void check_uvqk_wanted(struct hstu_uvqk_args args, const uint16_t *all, void *pool,
+                              const uint16_t *page, uint64_t pool_bytes)
+{
+    const uint32_t rows = args.rows, n = args.n;
+    bool *wanted = malloc(rows);
+    args.wanted = args.slot; /* whichever, to ask how many rows a tile has */
+    const uint32_t tile_rows = hstu_uvqk_sm90_listed_rows(&args);
+    uint32_t *list = wanted_on_device(rows, tile_rows ? tile_rows : rows, wanted);
+    CUDA(cudaMemset(args.m, 0xff, (uint64_t)rows * n * 2));
+    CUDA(cudaMemset(pool, 0xff, pool_bytes));
+    args.wanted = list;
+    cr_assert_eq(hstu_launch_uvqk_sm90(&args, NULL), SKV_OK);
+    CUDA(cudaDeviceSynchronize());
+    uint16_t *m = to_host(args.m, (uint64_t)rows * n * 2), *pages = to_host(pool, pool_bytes);
+    cr_expect_eq(memcmp(pages, page, pool_bytes), 0, "pages");
+    for (uint64_t i = 0; i < (uint64_t)rows * n; i++) {
+        const uint32_t row = (uint32_t)(i / n), part = i % n / (n / 4);
+        if (part % 2 == 1 || wanted[row])
+            cr_assert_eq(m[i], all[i], "row %u column %u", row, (uint32_t)(i % n));
+        else
+            cr_assert_eq(m[i], 0xffff, "row %u column %u: nobody wants it", row, (uint32_t)(i % n));
+    }
+    cudaFree(list);
+    free(m), free(pages), free(wanted);
+}
+
 static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hstu_tiles tiles,
                        uint32_t sm_count)
 {
@@ -163,6 +208,7 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     for (uint64_t i = 0; i < pool_bytes / 2; i++)
         written -= page[i] != 0xffff;
     cr_expect_eq(written, 0, "only what has a slot is written");
+    check_uvqk_wanted(fused, host[1], pool[1], page, pool_bytes);
     for (int i = 0; i < 2; i++) {
         cudaFree(m[i]), cudaFree(pool[i]);
         free(host[i]);
@@ -172,6 +218,26 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     cudaFree(on_folded), cudaFree(on_fold);
     free(slot), free(sequence), free(folded), free(host_bias), free(host_weight);
     free(host_norm_bias), free(fold), free(host_x), free(host_moments), free(page);
+}
+
+/* Rows that nobody wants stay as they are. */
+static void check_project_wanted(struct hstu_project_args args, const uint16_t *all,
+                                 const uint16_t *before)
+{
+    const uint32_t rows = args.rows, n = args.n;
+    bool *wanted = malloc(rows);
+    args.wanted = (const uint32_t *)args.x; /* whichever, to ask how many rows a tile has */
+    const uint32_t tile_rows = hstu_project_sm90_listed_rows(&args);
+    uint32_t *list = wanted_on_device(rows, tile_rows ? tile_rows : rows, wanted);
+    CUDA(cudaMemcpy(args.x, before, (uint64_t)rows * n * 2, cudaMemcpyHostToDevice));
+    args.wanted = list;
+    cr_assert_eq(hstu_launch_project_sm90(&args, NULL), SKV_OK);
+    CUDA(cudaDeviceSynchronize());
+    uint16_t *x = to_host(args.x, (uint64_t)rows * n * 2);
+    for (uint64_t i = 0; i < (uint64_t)rows * n; i++)
+        cr_assert_eq(x[i], (wanted[i / n] ? all : before)[i], "row %lu", (unsigned long)(i / n));
+    cudaFree(list);
+    free(x), free(wanted);
 }
 
 static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles tiles,
@@ -185,6 +251,7 @@ static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles
     void *b = random_on_device((uint64_t)k * n, 2, -most, most), *x[2];
     for (int i = 0; i < 2; i++)
         x[i] = random_on_device(elements, 9, -1, 3);
+    uint16_t *before = to_host(x[1], elements * 2);
     struct hstu_moments *moments = on_device(NULL, (uint64_t)rows * (n / 64) * sizeof *moments);
     struct hstu_product_args product = {.a = y, .b = b, .out = x[0], .rows = rows, .n = n, .k = k};
     struct hstu_project_args fused = {.y = y,
@@ -205,8 +272,9 @@ static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles
         (void *)to_host(moments, (uint64_t)rows * parts * sizeof *moments);
     check_close(got, want, rows, n, what);
     check_moments(new_moments, parts, got, rows, n, what);
+    check_project_wanted(fused, got, before);
     cudaFree(y), cudaFree(b), cudaFree(moments), cudaFree(x[0]), cudaFree(x[1]);
-    free(want), free(got), free(new_moments);
+    free(want), free(got), free(new_moments), free(before);
 }
 
 /* Multiprocessors: fewer than a row of tiles has columns, and no divisor of them. */
@@ -224,6 +292,60 @@ Test(products_cuda, uvqk_equals_norm_product_and_activation)
         for (uint32_t s = 0; s < sizeof few / sizeof *few; s++)
             check_uvqk(1000, 128, (struct skv_geometry){1, 4, 128, 32}, tiles, few[s]);
     }
+}
+
+/* The row tiles that prepare lists, against their definition. */
+static void check_list(const struct hstu_counts *counts, const uint32_t *list, uint32_t tile_rows)
+{
+    const struct hstu_layout *l = &counts->layout;
+    const uint32_t rows = l->row_start[l->batch];
+    uint32_t found = 0;
+    for (uint32_t tile = 0; tile * tile_rows < rows; tile++) {
+        bool wanted = false;
+        for (uint32_t b = 0; b < l->batch; b++)
+            for (uint32_t r = l->row_start[b] + counts->wanted_from[b]; r < l->row_start[b + 1];
+                 r++)
+                wanted |= r / tile_rows == tile;
+        if (wanted)
+            cr_assert_eq(list[1 + found++], tile, "tiles of %u rows", tile_rows);
+    }
+    cr_assert_eq(list[0], found, "tiles of %u rows", tile_rows);
+}
+
+Test(products_cuda, wanted_tiles_are_those_of_wanted_rows)
+{
+    NEED_GPU();
+    enum { MOST = 65536 };
+    static const uint32_t tile_rows[][2] = {{64, 192}, {128, 256}};
+    uint32_t *on[2] = {on_device(NULL, MOST / 64 * 4 + 8), on_device(NULL, MOST / 64 * 4 + 8)};
+    srand(5);
+    for (int round = 0; round < 200; round++) {
+        struct hstu_counts counts;
+        memset(&counts, 0xff, sizeof counts); /* what lies behind the batch */
+        struct hstu_layout *l = &counts.layout;
+        l->batch = round % 2 ? SKV_MAX_BATCH : 1 + (uint32_t)rand() % SKV_MAX_BATCH;
+        l->row_start[0] = 0;
+        for (uint32_t b = 0; b < l->batch; b++) {
+            const uint32_t most = round % 3 ? MOST / l->batch : 100, rows = (uint32_t)rand() % most;
+            l->row_start[b + 1] = l->row_start[b] + rows;
+            counts.wanted_from[b] = rand() % 4 == 0 ? rows : (uint32_t)rand() % (rows + 1);
+        }
+        struct hstu_counts *on_counts = on_device(&counts, sizeof counts);
+        for (int k = 0; k < 2; k++) {
+            struct hstu_prepare_args prepare = {
+                .counts = on_counts,
+                .wanted = {{tile_rows[k][0], on[0]}, {tile_rows[k][1], on[1]}}};
+            cr_assert_eq(hstu_launch_prepare(&prepare, NULL), SKV_OK);
+            CUDA(cudaDeviceSynchronize());
+            for (int i = 0; i < 2; i++) {
+                uint32_t *list = (uint32_t *)to_host(on[i], MOST / 64 * 4 + 8);
+                check_list(&counts, list, tile_rows[k][i]);
+                free(list);
+            }
+        }
+        cudaFree(on_counts);
+    }
+    cudaFree(on[0]), cudaFree(on[1]);
 }
 
 static void check_projections(enum hstu_tiles tiles)
