@@ -188,7 +188,7 @@ static int enqueue_y(struct hstu_cuda *c, uint32_t rows, uint32_t layer)
 {
     const struct hstu_cuda_arena *a = &c->arena;
     const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
-    struct hstu_gate_args gate = {.slices = is_last(c, layer) ? a->last_slices : a->slices,
+    struct hstu_gate_args gate = {.slices = device_batch(c, layer).slices,
                                   .partial = a->partial,
                                   .m = a->m,
                                   .weight = w->ln2_weight,
@@ -234,7 +234,8 @@ static struct hstu_uvqk_args uvqk_args(const struct hstu_cuda *c, uint32_t rows,
 {
     const struct hstu_cuda_arena *a = &c->arena;
     const struct hstu_cuda_layer *w = &c->on_device.layer[layer];
-    const struct hstu_project_args before = project_args(c, rows, layer);
+    /* Who wrote the moments. */
+    const struct hstu_project_args before = project_args(c, rows, layer ? layer - 1 : 0);
     return (struct hstu_uvqk_args){
         .x = a->x,
         .b = w->uvqk,

@@ -145,12 +145,16 @@ static void choose_cutting(struct choice *c, struct search *search)
         s->unit_items == 2 && max_slices >= PARTED_SLICES && s->history > 0 && last.end > s->history
             ? 2
             : 1;
+    uint64_t limit = c->time; /* a cutting that ends before is better, or as good as the guess */
     if (max_slices > 1 && longest > FEW_STEPS) { /* so that much longer slices need not be tried */
         bool hopeless;
         struct cutting guess = guess_cutting(s, divide_up(longest, max_slices), longest, search);
-        uint64_t time = time_cutting(search, s, guess, c->time, &hopeless);
-        best = time < c->time ? guess : best;
-        c->time = time < c->time ? time + 1 : c->time; /* one as good is taken */
+        uint64_t time = time_cutting(search, s, guess, limit, &hopeless);
+        if (time < limit) {
+            best = guess;
+            c->time = time;
+            limit = time + 1;
+        }
     }
     for (uint32_t way = 0; way < ways; way++) {
         uint32_t least = divide_up(longest, max_slices - way);
@@ -158,14 +162,16 @@ static void choose_cutting(struct choice *c, struct search *search)
         /* With slices of its own for the rest, much longer ones than without are no gain. */
         uint32_t from = way == 0 ? longest : min_u32(best.target + 1, longest);
         /* A slice alone must not take that long. */
-        if (c->time / (2 * HALF_STEP_TICKS) < from)
-            from = max_u32((uint32_t)(c->time / (2 * HALF_STEP_TICKS)), least);
+        if (limit / (2 * HALF_STEP_TICKS) < from)
+            from = max_u32((uint32_t)(limit / (2 * HALF_STEP_TICKS)), least);
         for (uint32_t target = from; target >= least && !hopeless;
              target -= 1 + (target - 1) / FINE_STEPS) {
             struct cutting cutting = {target, way == 1};
-            uint64_t time = time_cutting(search, s, cutting, c->time, &hopeless);
-            best = time < c->time ? cutting : best;
-            c->time = time < c->time ? time : c->time;
+            uint64_t time = time_cutting(search, s, cutting, limit, &hopeless);
+            if (time < limit) {
+                best = cutting;
+                c->time = limit = time;
+            }
         }
     }
     c->cutting = best;

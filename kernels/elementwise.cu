@@ -82,11 +82,11 @@ __device__ __forceinline__ hstu_work work_at(const hstu_device_batch &b, uint32_
     union {
         uint4 chunk[sizeof(hstu_work) / 16];
         hstu_work work;
-    } item;
-    const hstu_work *from = b.work + min(index, b.work_room - 1);
+    } item = {};
 #pragma unroll
     for (int i = 0; i < (int)(sizeof item / 16); i++)
-        item.chunk[i] = reinterpret_cast<const uint4 *>(from)[i];
+        if (index < b.work_room)
+            item.chunk[i] = reinterpret_cast<const uint4 *>(b.work + index)[i];
     return item.work;
 }
 

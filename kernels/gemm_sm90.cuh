@@ -63,8 +63,8 @@ struct tile_order {
     uint32_t columns;                 /* of a row */
     uint32_t step_rows, step_columns; /* from one tile of a block to its next */
     const uint32_t *wanted;           /* the list of struct hstu_wanted_tiles */
-    uint32_t whole;                   /* a multiple of a cluster's rows */
-    uint32_t part;                    /* columns of u, v, q or k; UVQK: walks two of them */
+    uint32_t whole;
+    uint32_t part; /* columns of u, v, q or k; UVQK: walks two of them */
 };
 
 /* The tiles of a block: cluster c takes tiles c, c + clusters, ... of row blocks by columns. The
@@ -109,7 +109,7 @@ template <typename S> struct schedule {
         /* A cluster's blocks take neighbours in the list, the last of them maybe none: rows past
          * the end. Both loads at once. */
         const uint32_t first = (base - order.whole) / S::TILE_ROWS * S::CLUSTER;
-        const uint32_t mine = min(first + rank(), rows / S::ROWS);
+        const uint32_t mine = min(first + rank(), (rows + S::ROWS - 1) / S::ROWS);
         const uint32_t count = __ldcg(order.wanted), tile = __ldcg(order.wanted + 1 + mine);
         *row0 = mine < count ? tile * S::ROWS : rows;
         return first < count;

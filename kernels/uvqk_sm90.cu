@@ -410,7 +410,7 @@ template <typename S> int launch(const struct hstu_uvqk_args *args, cudaStream_t
     p.eps = args->eps;
     p.order.columns = S::LISTED ? args->n / 2 : args->n;
     p.order.wanted = args->wanted;
-    p.order.whole = (args->rows + S::TILE_ROWS - 1) / S::TILE_ROWS * S::TILE_ROWS;
+    p.order.whole = args->rows;
     p.order.part = args->n / 4;
     return launch_tiles<S>(uvqk_kernel<S>, p, args->sm_count, tile_notes<S>::SHARED, args->early,
                            stream);
