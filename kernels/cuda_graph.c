@@ -258,6 +258,37 @@ static struct hstu_uvqk_args uvqk_args(const struct hstu_cuda *c, uint32_t rows,
     };
 }
 
+static struct hstu_head_args head_args(const struct hstu_cuda *c, uint32_t rows)
+{
+    const struct hstu_cuda_arena *a = &c->arena;
+    const uint32_t last = c->model.geometry.layers - 1;
+    struct hstu_head_args head = {
+        .batch = device_batch(c, last),
+        .x = a->x,
+        .weight1 = c->on_device.head1,
+        .bias1 = c->on_device.head1_bias,
+        .weight2 = c->on_device.head2,
+        .bias2 = c->on_device.head2_bias,
+        .scratch = a->head,
+        .logits = c->pinned.logits,
+        .row_count = &a->counts->candidates,
+        .rows = rows,
+        .embed = c->model.embed,
+        .hidden_columns = c->on_device.head_columns,
+        .outputs = c->model.head_out,
+        .candidate_row = a->candidate_row,
+        .inverse_norm = a->inverse_norm,
+        .moments = a->x_moments,
+        .wanted = a->head_wanted,
+        .sm_count = (uint32_t)c->sm_count,
+    };
+    if (hstu_cuda_head_fused(c)) {
+        const struct hstu_project_args before = project_args(c, rows, last);
+        head.parts = hstu_project_sm90_parts(&before);
+    }
+    return head;
+}
+
 /* What Hopper's layers rely on beside what pull brings. */
 static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
 {
@@ -276,6 +307,11 @@ static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
         .units = {hstu_units_of(&first, a->units), hstu_units_of(&last, a->last_units)},
         .counts = a->counts,
     };
+    if (hstu_cuda_head_fused(c)) {
+        const struct hstu_head_args head = head_args(c, rows);
+        prepare.wanted[2] =
+            (struct hstu_wanted_tiles){hstu_head_sm90_listed_rows(&head), a->head_wanted};
+    }
     if (c->fused && lists_tiles(c, last_layer)) {
         const struct hstu_uvqk_args uvqk = uvqk_args(c, rows, last_layer);
         const struct hstu_project_args project = project_args(c, rows, last_layer);
@@ -341,29 +377,6 @@ static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, boo
     return hstu_gemm_run(projection, a->normed, w->projection, NULL, a->x, c->stream);
 }
 
-static int enqueue_head(struct hstu_cuda *c, uint32_t rows)
-{
-    const struct hstu_cuda_arena *a = &c->arena;
-    struct hstu_head_args head = {
-        .batch = device_batch(c, 0),
-        .x = a->x,
-        .weight1 = c->on_device.head1,
-        .bias1 = c->on_device.head1_bias,
-        .weight2 = c->on_device.head2,
-        .bias2 = c->on_device.head2_bias,
-        .candidate_row = a->candidate_row,
-        .inverse_norm = a->inverse_norm,
-        .hidden = a->hidden,
-        .logits = c->pinned.logits,
-        .row_count = &a->counts->candidates,
-        .rows = rows,
-        .embed = c->model.embed,
-        .hidden_columns = c->on_device.head_columns,
-        .outputs = c->model.head_out,
-    };
-    return hstu_launch_head(&head, c->stream);
-}
-
 static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
                         struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
 {
@@ -382,7 +395,11 @@ static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
     for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++)
         status = c->fused ? enqueue_fused_layer(c, rows, l, gated)
                           : enqueue_layer(c, rows, l, gated, uvqk, projection);
-    return status == SKV_OK && !block ? enqueue_head(c, rows) : status;
+    if (status != SKV_OK || block)
+        return status;
+    const struct hstu_head_args head = head_args(c, rows);
+    return hstu_cuda_head_fused(c) ? hstu_launch_head_sm90(&head, c->stream)
+                                   : hstu_launch_head(&head, c->stream);
 }
 
 /* ---- graphs ---- */

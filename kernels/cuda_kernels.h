@@ -80,7 +80,7 @@ struct hstu_prepare_args {
     uint32_t rows, columns;          /* rows 0: none */
     struct hstu_units_args units[2]; /* of the layers but the last, of the last */
     const struct hstu_counts *counts;
-    struct hstu_wanted_tiles wanted[2]; /* of UVQK, of the projection */
+    struct hstu_wanted_tiles wanted[3]; /* of UVQK, of the projection, of the head */
 };
 int hstu_launch_prepare(const struct hstu_prepare_args *args, void *stream);
 
@@ -112,7 +112,7 @@ struct hstu_gate_args {
 };
 int hstu_launch_gate(const struct hstu_gate_args *args, void *stream);
 
-/* ---- the head (head.cu) ---- */
+/* ---- the head (head.cu; head_sm90.cu: compute capability 9.0, few outputs) ---- */
 
 /* logits [candidates][outputs] fp32 = ReLU(x / max(|x|, 1e-6) W1 + b1) W2 + b2 of the candidate
  * rows of x, in the batch's order. Hidden width is padded to a multiple of 64 with zero weights. */
@@ -120,14 +120,26 @@ struct hstu_head_args {
     struct hstu_device_batch batch;
     const void *x; /* [rows][embed] */
     const void *weight1, *bias1, *weight2, *bias2;
-    uint32_t *candidate_row;   /* scratch [rows] */
-    float *inverse_norm;       /* scratch [rows] */
-    float *hidden;             /* scratch [rows][hidden] */
+    float *scratch;            /* HSTU_HEAD_SCRATCH() or HSTU_HEAD_SM90_SCRATCH() floats */
     float *logits;             /* pinned, [rows][outputs] */
     const uint32_t *row_count; /* candidates, one word on the device */
     uint32_t rows, embed, hidden_columns, outputs;
+    /* head.cu */
+    uint32_t *candidate_row; /* scratch [rows] */
+    float *inverse_norm;     /* scratch [rows] */
+    /* head_sm90.cu: moments [parts][rows] of x's rows, and the row tiles that have candidates */
+    const struct hstu_moments *moments;
+    const uint32_t *wanted;
+    uint32_t parts, sm_count;
 };
+#define HSTU_HEAD_SCRATCH(rows, hidden, outputs) ((uint64_t)(rows) * (hidden))
 int hstu_launch_head(const struct hstu_head_args *args, void *stream);
+#define HSTU_HEAD_SM90_OUTPUTS 64 /* at most */
+#define HSTU_HEAD_SM90_SCRATCH(rows, hidden, outputs)                                              \
+    ((uint64_t)(rows) * ((hidden) / 64) * (outputs))
+int hstu_launch_head_sm90(const struct hstu_head_args *args, void *stream);
+/* Rows of the row tiles that args->wanted has to list. */
+uint32_t hstu_head_sm90_listed_rows(const struct hstu_head_args *args);
 
 /* ---- products (gemm_mma.cu): where cuBLASLt is missing, and the head's ---- */
 

@@ -154,13 +154,18 @@ static void carve_arena(struct hstu_cuda *c, struct carver *at)
         a->uvqk_wanted =
             carve(at, (rows / 64 + 2) * 4); /* a count, and one more for who reads ahead */
         a->project_wanted = carve(at, (rows / 64 + 2) * 4);
+        a->head_wanted = carve(at, (rows / 64 + 2) * 4);
     }
-    uint64_t hidden_bytes = rows * c->on_device.head_columns * 4, m_bytes = rows * 4 * HD * 2;
+    const uint64_t columns = c->on_device.head_columns, outputs = m->head_out;
+    const uint64_t head_bytes =
+        4 * (hstu_cuda_head_fused(c) ? HSTU_HEAD_SM90_SCRATCH(rows, columns, outputs)
+                                     : HSTU_HEAD_SCRATCH(rows, columns, outputs));
+    const uint64_t m_bytes = rows * 4 * HD * 2;
     a->activations = carve(at, 0);
     a->x = carve(at, rows * E * 2);
     a->normed = carve(at, rows * (E > HD ? E : HD) * 2);
-    a->m = carve(at, m_bytes > hidden_bytes ? m_bytes : hidden_bytes);
-    a->hidden = a->m;
+    a->m = carve(at, m_bytes > head_bytes ? m_bytes : head_bytes);
+    a->head = a->m;
     a->partial = carve(at, partial_rows(c->arena_rows) * HD * 4);
     a->x_moments = carve(at, c->fused ? rows * (E / 64) * sizeof *a->x_moments : 0);
     a->candidate_row = carve(at, rows * 4);

@@ -41,7 +41,8 @@ struct hstu_cuda_arena {
     uint32_t *page;                     /* [page_capacity] */
     struct hstu_work *work, *last_work; /* [work_capacity] both */
     void *units, *last_units; /* of the work lists, decoded; NULL where nobody reads them */
-    uint32_t *uvqk_wanted, *project_wanted; /* struct hstu_wanted_tiles; NULL unless fused */
+    uint32_t *uvqk_wanted, *project_wanted, *head_wanted; /* struct hstu_wanted_tiles; NULL unless
+                                                             fused */
     /* activations: from here to the end poison may fill */
     char *activations;
     void *x;                        /* [rows][E] */
@@ -49,7 +50,7 @@ struct hstu_cuda_arena {
     void *m;                        /* [rows][4HD] */
     float *partial;                 /* [slices][rows][HD] */
     struct hstu_moments *x_moments; /* [E / 64 at most][rows] */
-    float *hidden;                  /* [rows][head_columns], in m's place */
+    float *head;                    /* the head's scratch, in m's place */
     uint32_t *candidate_row;
     float *inverse_norm; /* [rows] both */
     void *workspace;     /* cuBLASLt's, unless fused */
@@ -126,6 +127,12 @@ struct hstu_cuda {
 
 /* Translates and logs a CUDA error: 0, SKV_ENOMEM, SKV_ENODEVICE or SKV_EDEVICE. */
 int hstu_cuda_check(cudaError_t error, const char *what);
+
+/* Has the head kernels of its own on Hopper? */
+static inline bool hstu_cuda_head_fused(const struct hstu_cuda *c)
+{
+    return c->fused && c->model.head_out <= HSTU_HEAD_SM90_OUTPUTS;
+}
 
 /* cuda_memory.c */
 int hstu_cuda_memory_open(struct hstu_cuda *c);

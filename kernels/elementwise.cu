@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(NORM_WARPS * 32)
         const uint32_t warp = threadIdx.x / 32;
         if (which < 2 && warp == 0 && a.units[which].units)
             make_units(a.units[which], block % UNIT_BLOCKS);
-        else if (which == 2 && warp < 2 && a.wanted[warp].rows > 0)
+        else if (which == 2 && warp < 3 && a.wanted[warp].rows > 0)
             list_wanted(*a.counts, a.wanted[warp]);
         return;
     }
@@ -237,10 +237,11 @@ int hstu_launch_norm(const struct hstu_norm_args *args, void *stream)
 
 int hstu_launch_prepare(const struct hstu_prepare_args *args, void *stream)
 {
-    const uint32_t more = args->wanted[0].rows + args->wanted[1].rows > 0 ? 2 * UNIT_BLOCKS + 1
-                          : args->units[1].units                          ? 2 * UNIT_BLOCKS
-                          : args->units[0].units                          ? UNIT_BLOCKS
-                                                                          : 0;
+    const bool lists = args->wanted[0].rows || args->wanted[1].rows || args->wanted[2].rows;
+    const uint32_t more = lists                  ? 2 * UNIT_BLOCKS + 1
+                          : args->units[1].units ? 2 * UNIT_BLOCKS
+                          : args->units[0].units ? UNIT_BLOCKS
+                                                 : 0;
     return launch_rows({prepare_kernel<1>, prepare_kernel<2>, prepare_kernel<4>, prepare_kernel<8>},
                        *args, more, stream);
 }

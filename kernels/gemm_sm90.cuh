@@ -194,6 +194,22 @@ template <typename S> struct stage_ring {
     }
 };
 
+/* A consumer warpgroup: d = (or +=) a b of the next stage, once it is there. */
+template <typename S>
+__device__ __forceinline__ void multiply_stage(float *d, const stage_ring<S> &ring, uint32_t group,
+                                               bool accumulate)
+{
+    sm90::barrier_wait(ring.full(ring.stage), ring.phase);
+    const uint32_t a = ring.at() + group * 64 * S::DEPTH * 2, b = ring.at() + S::A_BYTES;
+    sm90::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < S::DEPTH / 16; i++)
+        sm90::wgmma_shared<S::COLUMNS, sm90::MN_MAJOR>(
+            d, sm90::descriptor_k_major(a + i * 32),
+            sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), accumulate || i > 0);
+    sm90::wgmma_commit();
+}
+
 /* The producer, one thread: of each tile `Lead` stages that start() loads, then a's and b's. Of the
  * first tile the lead and b do not depend on the kernel before, and are asked for first. */
 template <typename S, int Lead, typename Parameters, typename Start>

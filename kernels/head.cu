@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(WARPS * 32) score_kernel(const __grid_constant
     const uint32_t candidate = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (candidate >= *a.row_count)
         return;
-    const float *hidden = a.hidden + (uint64_t)candidate * a.hidden_columns;
+    const float *hidden = a.scratch + (uint64_t)candidate * a.hidden_columns;
     const __nv_bfloat16 *weight = static_cast<const __nv_bfloat16 *>(a.weight2);
     for (uint32_t o = 0; o < a.outputs; o++) {
         float sum = 0.0f;
@@ -71,7 +71,7 @@ int hstu_launch_head(const struct hstu_head_args *args, void *stream)
     product.a = args->x;
     product.b = args->weight1;
     product.extra = args->bias1;
-    product.out = args->hidden;
+    product.out = args->scratch;
     product.a_row = args->candidate_row;
     product.scale = args->inverse_norm;
     product.row_count = args->row_count;

@@ -127,15 +127,7 @@ template <typename S> struct consumer {
 
     __device__ __forceinline__ void multiply_step(float *d, bool any)
     {
-        sm90::barrier_wait(ring.full(ring.stage), ring.phase);
-        const uint32_t a = ring.at() + group * 64 * S::DEPTH * 2, b = ring.at() + S::A_BYTES;
-        sm90::wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < S::DEPTH / 16; i++)
-            sm90::wgmma_shared<S::COLUMNS, sm90::MN_MAJOR>(
-                d, sm90::descriptor_k_major(a + i * 32),
-                sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128), 1);
-        sm90::wgmma_commit();
+        multiply_stage<S>(d, ring, group, true);
         sm90::wgmma_wait<1>();
         release_last(any);
     }

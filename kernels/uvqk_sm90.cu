@@ -299,17 +299,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
                     S::SHADOW ? steps * (chunk * 4 + piece + 1) / S::PIECES : steps;
 #pragma unroll 1
                 for (; step < until; step++) {
-                    sm90::barrier_wait(ring.full(ring.stage), ring.phase);
-                    const uint32_t a = ring.at() + group * 64 * S::DEPTH * 2,
-                                   b = ring.at() + S::A_BYTES;
-                    sm90::wgmma_fence();
-#pragma unroll
-                    for (int i = 0; i < S::DEPTH / 16; i++)
-                        sm90::wgmma_shared<S::COLUMNS, sm90::MN_MAJOR>(
-                            d, sm90::descriptor_k_major(a + i * 32),
-                            sm90::descriptor_mn_major<S::CHUNK_BYTES>(b + i * 16 * 128),
-                            step + i > 0);
-                    sm90::wgmma_commit();
+                    multiply_stage<S>(d, ring, group, step > 0);
                     if (step > 0) { /* the stage before is read */
                         sm90::wgmma_wait<1>();
                         ring.release(ring.before());

@@ -153,6 +153,7 @@ static uint64_t keep_candidates(const struct hstu_sequence *s, uint32_t count, u
 static void serve(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t count,
                   float *candidates, float *logits)
 {
+    cr_assert_not(c->every_row);
     cr_assert_eq(hstu_cuda_poison(c), SKV_OK);
     cr_assert_eq(hstu_backend_cuda.launch(c, s, count, false), SKV_OK);
     cr_assert_eq(hstu_backend_cuda.wait(c, logits, 10000), SKV_OK);
@@ -191,7 +192,8 @@ static void check_pass(struct rig *r, const struct hstu_sequence *s, uint32_t co
     const uint64_t pool_elements = POOL_PAGES * r->page_elements;
     float *x = malloc(elements * 4 + 4), *r32 = malloc(elements * 4 + 4);
     float *r16 = malloc(elements * 4 + 4), *served = malloc(elements * 4 + 4);
-    float *scores = calloc(MAX_ROWS * 3, 4), *scores32 = calloc(MAX_ROWS * 3, 4);
+    const uint64_t outputs = MAX_ROWS * (uint64_t)r->model.head_out;
+    float *scores = calloc(outputs, 4), *scores32 = calloc(outputs, 4);
     uint16_t *appended = malloc(pool_elements * 2), *served_pool = malloc(pool_elements * 2);
     uint16_t *pool32 = malloc(pool_elements * 2), *pool16 = malloc(pool_elements * 2);
     memcpy(pool32, r->pool, pool_elements * 2);
@@ -261,6 +263,40 @@ Test(layers_cuda, a_pass_equals_the_reference_at_every_head_dim_page_size_and_gr
                 model.group = 1 + S / 16 % 3;
                 check_model(model, both[k]);
             }
+}
+
+/* The last layer is the first one too, or comes after several. */
+Test(layers_cuda, a_pass_equals_the_reference_at_other_numbers_of_layers)
+{
+    NEED_GPU();
+    for (int k = 0; k < 2; k++)
+        for (uint32_t layers = 1; layers <= 3; layers += 2) {
+            struct hstu_model model = small_model(128, 32);
+            model.geometry.layers = layers;
+            check_model(model, both[k]);
+        }
+}
+
+Test(layers_cuda, a_pass_without_candidates_appends)
+{
+    NEED_GPU();
+    for (int k = 0; k < 2; k++) {
+        struct rig *r = rig_open(small_model(128, 32), both[k]);
+        struct hstu_sequence s[2] = {sequence(r, 0, 100, 30, 0, true),
+                                     sequence(r, 1, 200, 0, 0, true)};
+        prefill(r, &s[0]);
+        check_pass(r, s, 2, "no candidates");
+        rig_close(r);
+    }
+}
+
+/* Outputs for which Hopper's head has no room. */
+Test(layers_cuda, a_pass_with_many_outputs_equals_the_reference)
+{
+    NEED_GPU();
+    struct hstu_model model = small_model(64, 32);
+    model.head_out = HSTU_HEAD_SM90_OUTPUTS + 1;
+    check_model(model, NULL);
 }
 
 /* The gate shares rows of more than 1024, 2048 and 4096 columns out in ways of their own. */
@@ -668,7 +704,8 @@ Test(layers_cuda, large_passes_equal_the_reference, .timeout = 300)
 {
     NEED_GPU();
     const bool all = getenv("SIDEKV_TEST_GRID") != NULL;
-    const uint32_t some[][3] = {{1, 4096, 128}, {1, 1024, 1024}, {2, 4096, 512}, {8, 512, 128}};
+    const uint32_t some[][3] = {{1, 4096, 128}, {1, 1024, 1024}, {2, 256, 256},
+                                {2, 4096, 512}, {8, 512, 128},   {8, 512, 512}};
     const uint32_t pages = 8 * 128 + 64;
     struct hstu_model model;
     struct hstu_weights *weights;

@@ -601,7 +601,9 @@ static void check_wanted(const struct hstu_cuda *c, const struct hstu_sequence *
         const uint32_t from = c->every_row ? 0 : s->history - s->cached;
         cr_assert_eq(p->counts->wanted_from[b], from);
         for (uint32_t i = 0; i < rows_of(s); i++, row++) {
-            cr_assert(p->last_slices[row] > 0 || i < from);
+            /* From the first candidate's tile on, of 64 rows. */
+            cr_assert_eq(p->last_slices[row] > 0,
+                         c->every_row || (s->targets > 0 && i >= from / 64 * 64));
             slices += p->last_slices[row];
             if (c->every_row)
                 cr_assert_eq(p->last_slices[row], p->slices[row]);
@@ -610,6 +612,11 @@ static void check_wanted(const struct hstu_cuda *c, const struct hstu_sequence *
     for (uint32_t i = 0; i < p->counts->layout.last_work; i++)
         item_rows += p->last_work[i].rows;
     cr_assert_eq(item_rows, slices * geometry.heads);
+    uint64_t written = 0;
+    for (uint32_t i = 0; i < HSTU_CUDA_PARTS; i++)
+        if (c->written[i].at == (volatile char *)p->last_work)
+            written = c->written[i].bytes;
+    cr_assert_eq(written, p->counts->layout.last_work * sizeof *p->last_work);
 }
 
 /* Every row, by its definition, from what pull reads and by the function that pull calls. */

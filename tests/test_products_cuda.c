@@ -69,14 +69,17 @@ static void fold_norm(uint16_t *b, const uint16_t *weight, const uint16_t *norm_
  * not there. */
 enum { FIRST_PAGE = 100003 };
 
-/* Every third row tile and the last, as struct hstu_wanted_tiles has them. */
-static uint32_t *wanted_on_device(uint32_t rows, uint32_t tile_rows, bool *wanted)
+/* Which row tiles somebody wants. */
+enum wanted { SOME, NONE, ALL, WANTED_COUNT };
+
+/* The list of struct hstu_wanted_tiles, and wanted[row]. Some: every third tile and the last. */
+static uint32_t *wanted_on_device(enum wanted which, uint32_t rows, uint32_t tile_rows,
+                                  bool *wanted)
 {
     const uint32_t tiles = (rows + tile_rows - 1) / tile_rows;
     uint32_t *list = calloc(tiles + 2, 4);
-    list[0] = 0;
     for (uint32_t t = 0; t < tiles; t++) {
-        const bool is = t % 3 == 1 || t + 1 == tiles;
+        const bool is = which == ALL || (which == SOME && (t % 3 == 1 || t + 1 == tiles));
         if (is)
             list[++list[0]] = t;
         for (uint32_t r = t * tile_rows; r < rows && r < (t + 1) * tile_rows; r++)
@@ -88,14 +91,16 @@ static uint32_t *wanted_on_device(uint32_t rows, uint32_t tile_rows, bool *wante
 }
 
 /* Of rows that nobody wants UVQK makes v and k alone: m's bits, and pages, as of all. */
-static void check_uvqk_wanted(struct hstu_uvqk_args args, const uint16_t *all, void *pool,
-                              const uint16_t *page, uint64_t pool_bytes)
+static void check_uvqk_wanted(struct hstu_uvqk_args args, enum wanted which, const uint16_t *all,
+                              void *pool, const uint16_t *page, uint64_t pool_bytes)
 {
     const uint32_t rows = args.rows, n = args.n;
     bool *wanted = malloc(rows);
     args.wanted = args.slot; /* whichever, to ask how many rows a tile has */
     const uint32_t tile_rows = hstu_uvqk_sm90_listed_rows(&args);
-    uint32_t *list = wanted_on_device(rows, tile_rows ? tile_rows : rows, wanted);
+    if (tile_rows == 0) /* no list is read */
+        which = ALL;
+    uint32_t *list = wanted_on_device(which, rows, tile_rows ? tile_rows : rows, wanted);
     CUDA(cudaMemset(args.m, 0xff, (uint64_t)rows * n * 2));
     CUDA(cudaMemset(pool, 0xff, pool_bytes));
     args.wanted = list;
@@ -208,7 +213,8 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
     for (uint64_t i = 0; i < pool_bytes / 2; i++)
         written -= page[i] != 0xffff;
     cr_expect_eq(written, 0, "only what has a slot is written");
-    check_uvqk_wanted(fused, host[1], pool[1], page, pool_bytes);
+    for (enum wanted which = SOME; which < WANTED_COUNT; which++)
+        check_uvqk_wanted(fused, which, host[1], pool[1], page, pool_bytes);
     for (int i = 0; i < 2; i++) {
         cudaFree(m[i]), cudaFree(pool[i]);
         free(host[i]);
@@ -221,14 +227,16 @@ static void check_uvqk(uint32_t rows, uint32_t k, struct skv_geometry g, enum hs
 }
 
 /* Rows that nobody wants stay as they are. */
-static void check_project_wanted(struct hstu_project_args args, const uint16_t *all,
-                                 const uint16_t *before)
+static void check_project_wanted(struct hstu_project_args args, enum wanted which,
+                                 const uint16_t *all, const uint16_t *before)
 {
     const uint32_t rows = args.rows, n = args.n;
     bool *wanted = malloc(rows);
     args.wanted = (const uint32_t *)args.x; /* whichever, to ask how many rows a tile has */
     const uint32_t tile_rows = hstu_project_sm90_listed_rows(&args);
-    uint32_t *list = wanted_on_device(rows, tile_rows ? tile_rows : rows, wanted);
+    if (tile_rows == 0) /* no list is read */
+        which = ALL;
+    uint32_t *list = wanted_on_device(which, rows, tile_rows ? tile_rows : rows, wanted);
     CUDA(cudaMemcpy(args.x, before, (uint64_t)rows * n * 2, cudaMemcpyHostToDevice));
     args.wanted = list;
     cr_assert_eq(hstu_launch_project_sm90(&args, NULL), SKV_OK);
@@ -272,7 +280,8 @@ static void check_project(uint32_t rows, uint32_t k, uint32_t n, enum hstu_tiles
         (void *)to_host(moments, (uint64_t)rows * parts * sizeof *moments);
     check_close(got, want, rows, n, what);
     check_moments(new_moments, parts, got, rows, n, what);
-    check_project_wanted(fused, got, before);
+    for (enum wanted which = SOME; which < WANTED_COUNT; which++)
+        check_project_wanted(fused, which, got, before);
     cudaFree(y), cudaFree(b), cudaFree(moments), cudaFree(x[0]), cudaFree(x[1]);
     free(want), free(got), free(new_moments), free(before);
 }
@@ -346,6 +355,139 @@ Test(products_cuda, wanted_tiles_are_those_of_wanted_rows)
         cudaFree(on_counts);
     }
     cudaFree(on[0]), cudaFree(on[1]);
+}
+
+/* What is faster without what nobody wants, in the benchmark model's layers. */
+Test(products_cuda, large_graphs_leave_out_what_nobody_wants)
+{
+    static const uint32_t list[1];
+    struct hstu_uvqk_args uvqk = {
+        .n = 4096, .k = 1024, .parts = 8, .sm_count = 132, .wanted = list};
+    struct hstu_project_args project = {.n = 1024, .k = 1024, .sm_count = 132, .wanted = list};
+    for (uint32_t rows = 384; rows <= 34816; rows = rows * 3 / 2 / 128 * 128) {
+        uvqk.rows = project.rows = rows;
+        if (rows >= 2048)
+            cr_expect_gt(hstu_uvqk_sm90_listed_rows(&uvqk), 0, "UVQK of %u rows", rows);
+        if (rows >= 4096)
+            cr_expect_gt(hstu_project_sm90_listed_rows(&project), 0, "projection of %u rows", rows);
+    }
+    uvqk.wanted = project.wanted = NULL;
+    cr_expect_eq(hstu_uvqk_sm90_listed_rows(&uvqk), 0);
+    cr_expect_eq(hstu_project_sm90_listed_rows(&project), 0);
+}
+
+/* The head on Hopper against the other one; a row of zeros has no length. */
+static void check_head(uint32_t k, uint32_t hidden, uint32_t outputs, uint32_t parts,
+                       uint32_t sm_count)
+{
+    enum { BATCH = 5 };
+    static const uint32_t added[BATCH] = {37, 0, 300, 64, 5}, targets[BATCH] = {50, 130, 0, 1, 700};
+    struct hstu_counts counts = {.layout = {.batch = BATCH}};
+    struct hstu_layout *l = &counts.layout;
+    for (uint32_t b = 0; b < BATCH; b++) {
+        l->row_start[b + 1] = l->row_start[b] + added[b] + targets[b];
+        l->history[b] = 1000;
+        l->cached[b] = 1000 - added[b];
+        counts.target_start[b + 1] = counts.target_start[b] + targets[b];
+    }
+    const uint32_t rows = (l->row_start[BATCH] + 127) / 128 * 128;
+    const uint32_t width = k / parts, count = counts.target_start[BATCH] * outputs;
+    counts.candidates = counts.target_start[BATCH];
+    uint32_t *sequence = malloc(rows * 4);
+    memset(sequence, 0xff, rows * 4);
+    for (uint32_t b = 0; b < BATCH; b++)
+        for (uint32_t r = l->row_start[b]; r < l->row_start[b + 1]; r++)
+            sequence[r] = b;
+    void *x = random_on_device((uint64_t)rows * k, k, -3, 5);
+    CUDA(cudaMemset((uint16_t *)x + 40 * k, 0, k * 2)); /* a candidate */
+    uint16_t *host_x = to_host(x, (uint64_t)rows * k * 2);
+    struct hstu_moments *moments = malloc((uint64_t)rows * parts * sizeof *moments);
+    for (uint64_t i = 0; i < (uint64_t)rows * parts; i++) {
+        double sum = 0, square = 0;
+        for (uint32_t c = 0; c < width; c++)
+            sum += bf16_to_float(host_x[i * width + c]);
+        for (uint32_t c = 0; c < width; c++)
+            square += pow(bf16_to_float(host_x[i * width + c]) - sum / width, 2);
+        moments[i % parts * rows + i / parts] =
+            (struct hstu_moments){(float)(sum / width), (float)square};
+    }
+    struct hstu_counts *on_counts = on_device(&counts, sizeof counts);
+    void *on_sequence = on_device(sequence, rows * 4), *on_candidates = on_device(NULL, rows * 4);
+    void *norms = on_device(NULL, rows * 4);
+    void *on_moments = on_device(moments, (uint64_t)rows * parts * sizeof *moments);
+    void *weights[4] = {random_on_device((uint64_t)k * hidden, 2, -0.5f, 0.5f),
+                        random_on_device(hidden, 3, -0.5f, 0.5f),
+                        random_on_device((uint64_t)hidden * outputs, 4, -0.3f, 0.3f),
+                        random_on_device(outputs, 5, -1, 1)};
+    const uint64_t scratch_bytes = 4 * (HSTU_HEAD_SCRATCH(rows, hidden, outputs) +
+                                        HSTU_HEAD_SM90_SCRATCH(rows, hidden, outputs));
+    void *scratch = on_device(NULL, scratch_bytes), *logits[2];
+    struct hstu_head_args args = {.batch = {.row_sequence = on_sequence,
+                                            .row_start = on_counts->layout.row_start,
+                                            .history = on_counts->layout.history,
+                                            .cached = on_counts->layout.cached,
+                                            .target_start = on_counts->target_start},
+                                  .x = x,
+                                  .weight1 = weights[0],
+                                  .bias1 = weights[1],
+                                  .weight2 = weights[2],
+                                  .bias2 = weights[3],
+                                  .scratch = scratch,
+                                  .row_count = &on_counts->candidates,
+                                  .rows = rows,
+                                  .embed = k,
+                                  .hidden_columns = hidden,
+                                  .outputs = outputs,
+                                  .candidate_row = on_candidates,
+                                  .inverse_norm = norms,
+                                  .moments = on_moments,
+                                  .parts = parts,
+                                  .sm_count = sm_count};
+    const uint32_t tile_rows = hstu_head_sm90_listed_rows(&args);
+    uint32_t *list = calloc(rows / 64 + 2, 4);
+    for (uint32_t t = 0; t * tile_rows < rows; t++) {
+        bool any = false;
+        for (uint32_t r = t * tile_rows; r < rows && r < (t + 1) * tile_rows; r++)
+            any |= sequence[r] != UINT32_MAX && r >= l->row_start[sequence[r]] + added[sequence[r]];
+        if (any)
+            list[++list[0]] = t;
+    }
+    void *wanted = on_device(list, (rows / 64 + 2) * 4);
+    args.wanted = wanted;
+    float *host[2];
+    for (int i = 0; i < 2; i++) {
+        logits[i] = on_device(NULL, (uint64_t)rows * outputs * 4);
+        CUDA(cudaMemset(logits[i], 0xff, (uint64_t)rows * outputs * 4));
+        CUDA(cudaMemset(scratch, 0xff, scratch_bytes));
+        args.logits = logits[i];
+        cr_assert_eq(i ? hstu_launch_head_sm90(&args, NULL) : hstu_launch_head(&args, NULL),
+                     SKV_OK);
+        CUDA(cudaDeviceSynchronize());
+        host[i] = (float *)to_host(logits[i], (uint64_t)rows * outputs * 4);
+    }
+    for (uint32_t i = 0; i < count; i++)
+        cr_assert(fabsf(host[1][i] - host[0][i]) <= 1e-3f * fmaxf(fabsf(host[0][i]), 1),
+                  "k %u hidden %u outputs %u: logit %u: %f, not %f", k, hidden, outputs, i,
+                  host[1][i], host[0][i]);
+    for (uint64_t i = count; i < (uint64_t)rows * outputs; i++)
+        cr_assert(isnan(host[1][i]), "only candidates have logits");
+    for (int i = 0; i < 4; i++)
+        cudaFree(weights[i]);
+    cudaFree(x), cudaFree(on_counts), cudaFree(on_sequence), cudaFree(on_candidates);
+    cudaFree(norms), cudaFree(on_moments), cudaFree(scratch), cudaFree(wanted);
+    cudaFree(logits[0]), cudaFree(logits[1]);
+    free(sequence), free(host_x), free(moments), free(list), free(host[0]), free(host[1]);
+}
+
+Test(products_cuda, the_head_on_hopper_equals_the_other_one)
+{
+    NEED_HOPPER();
+    check_head(1024, 1024, 1, 8, 132);
+    check_head(1024, 1024, 1, 4, 16);
+    check_head(512, 512, 8, 4, 132);
+    check_head(192, 128, 3, 1, 132);
+    check_head(64, 64, HSTU_HEAD_SM90_OUTPUTS, 1, 2);
+    check_head(256, 192, 5, 4, 6);
 }
 
 static void check_projections(enum hstu_tiles tiles)
