@@ -110,7 +110,9 @@ int hstu_runner_launch(struct hstu_runner *runner, const struct hstu_sequence *s
  * SKV_ETIMEDOUT: still running (call again); SKV_EDEVICE: the context is lost. */
 int hstu_runner_wait(struct hstu_runner *runner, float *logits, uint32_t timeout_ms);
 
-/* Like launch + wait, and also gives the block's output rows x_L [sum q][E] as fp32, for tests. */
+/* Like launch + wait, and also gives the block's output rows x_L [sum q][E] as fp32, for tests:
+ * those of history too, which launch leaves out where nothing needs them. Logits may differ from
+ * launch's in their last bits, as attention of the last layer may be cut in other slices. */
 int hstu_runner_debug(struct hstu_runner *runner, const struct hstu_sequence *sequences,
                       uint32_t count, float *block_out);
 

@@ -113,11 +113,13 @@ __device__ __forceinline__ void cut(struct item *it, const struct hstu_units_arg
     int32_t key0 = it->work.key0, key1 = it->work.key1, cached = it->work.cached;
     int32_t seen = min(min(history, after), key1); /* end of the history that its rows see */
     int32_t box = min(a.page_tokens, HALF);        /* rows of the pool's boxes of K */
-    struct span prefix = {key0 / box * box, min(cached, seen)};
+    struct span prefix = {key0 & -box, min(cached, seen)};
     struct span flight = {max(key0, cached), seen};
     struct span own = {0, 0};
     if (after > history) { /* from the first candidate's group on */
-        int32_t start = max(first - history, 0) / it->group * it->group;
+        int32_t start = max(first - history, 0);
+        if (it->group > 1) /* one lane alone: a division is slow */
+            start = start / it->group * it->group;
         /* One wgmma sums sixteen keys. Count the sixteens from h, whoever shares the tile, so that
          * joining items does not change a bit; a single key is the same anywhere among zeros. */
         own.start = max(history + (it->group > 1 ? start & ~15 : start), key0);
@@ -132,16 +134,17 @@ __device__ __forceinline__ void cut(struct item *it, const struct hstu_units_arg
     it->tiles[2] = max(it->tiles[1] + tiles_of(own), 1);
 }
 
-/* An item of the work list, or an empty one; one of no rows is a hole that evens out the pairs. */
+/* An item of the work list, or an empty one past its end; one of no rows is a hole that evens out
+ * the pairs. */
 __device__ __forceinline__ void read_item(struct item *it, const struct hstu_units_args &a,
-                                          const struct hstu_work *work)
+                                          const struct hstu_work &work, bool listed)
 {
     *it = {};
     it->group = a.group;
     it->work.next = HSTU_WORK_LAST;
-    if (!work)
+    if (!listed)
         return;
-    it->work = *work;
+    it->work = work;
     if (it->work.rows == 0)
         return;
     int32_t cached = it->work.cached;

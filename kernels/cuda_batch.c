@@ -1,8 +1,8 @@
 /* A batch, checked and written into the pinned block: what pull then brings to the device. Called
  * once per launch, on the worker's critical path. The GPU has read the block's lines since the last
- * launch, so that writing them is what it costs: nothing that pull can work out is written, 9 bytes
- * a row; and whole lines, in order: the plan, whose items come in any order, is laid out in memory
- * of our own and copied. */
+ * launch, so that writing them is what it costs: nothing that pull can work out is written, 10
+ * bytes a row; and whole lines, in order: the plan, whose items come in any order, is laid out in
+ * memory of our own and copied. */
 #include "cuda_state.h"
 
 #include <string.h>

@@ -4,9 +4,13 @@
  *
  *   pull -> L x { [wait l] -> norm -> UVQK -> activate -> attention -> gate -> projection } -> head
  *
- * or, fused (uvqk_sm90.cu, project_sm90.cu),
+ * or, fused (uvqk_sm90.cu, project_sm90.cu, head_sm90.cu),
  *
  *   pull -> prepare -> L x { [wait l] -> UVQK -> attention -> gate -> projection } -> head
+ *
+ * The last layer makes only what candidates need: of new history K and V, which go to pages. Who is
+ * left out is data too: attention has a work list of its own there, the gate passes rows without
+ * slices by, the products walk lists of row tiles, where fused. (`every_row`: all is in them.)
  *
  * The waits for gates form a branch of their own, which runs ahead while the layers compute; up to
  * GATE_AHEAD_ROWS wait l + 1 stands before the gate kernel of layer l. On Hopper a kernel may start

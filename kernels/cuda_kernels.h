@@ -98,7 +98,7 @@ int hstu_launch_activate(const struct hstu_activate_args *args, void *stream);
 /* y = u * LN(sum of slices / N; weight, bias, eps) over the whole HD row; fp32 until the one
  * rounding. u is the first part of m; partial fp32 [slices][rows][HD]. */
 struct hstu_gate_args {
-    const uint8_t *slices; /* 0: padding */
+    const uint8_t *slices; /* 0: padding, or nobody wants y */
     const float *partial;
     const void *m, *weight, *bias;
     void *y;
@@ -163,7 +163,8 @@ int hstu_launch_product(enum hstu_product product, const struct hstu_product_arg
 
 /* ---- the two products of a layer (uvqk_sm90.cu, project_sm90.cu): compute capability 9.0 ----
  *
- * Rows of padding are computed like any other; what comes of them is in their own rows. */
+ * Rows of padding are computed like any other, but where only wanted tiles are; what comes of them
+ * is in their own rows. */
 
 /* Rows by columns. UVQK has those up to 128 x 128, the projection those from 128 x 256 on. */
 enum hstu_tiles {

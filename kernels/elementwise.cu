@@ -1,7 +1,7 @@
 /* The element-wise kernels of a layer but the gate: norm before UVQK, activation after it; and,
- * once a pass, what Hopper's layers have instead of the norm: statistics of the first x, and
- * attention's units. Each reads and writes every element once, 16 bytes a thread; statistics are
- * fp32, two passes over registers. */
+ * once a pass, what Hopper's layers have instead of the norm: statistics of the first x,
+ * attention's units, and which row tiles are wanted of the last layer. Each reads and writes every
+ * element once, 16 bytes a thread; statistics are fp32, two passes over registers. */
 #include "cuda_kernels.h"
 
 #include "attention_sm90_item.cuh"
@@ -92,16 +92,16 @@ __device__ __forceinline__ hstu_work work_at(const hstu_device_batch &b, uint32_
 
 __device__ void make_units(const hstu_units_args &a, uint32_t block)
 {
-    __shared__ sm90::item item[2][32], part[32];
+    __shared__ sm90::item item[32], part[32];
     const uint32_t lane = threadIdx.x, count = *a.batch.work_count;
     for (uint32_t i = block * 32 + lane;; i += UNIT_BLOCKS * 32) {
-        /* Asked for beside the count itself. */
-        const hstu_work work[2] = {work_at(a.batch, i / 2 * 2), work_at(a.batch, i / 2 * 2 + 1)};
+        const hstu_work work = work_at(a.batch, i); /* asked for beside the count itself */
         if (i >= max((count + 1) / 2, a.workers) * 2)
             return;
-        for (int k = 0; k < 2; k++)
-            sm90::read_item(&item[k][lane], a, i / 2 * 2 + k < count ? &work[k] : nullptr);
-        sm90::make_part(&part[lane], &item[0][lane], &item[1][lane], i % 2, a);
+        __syncwarp();
+        sm90::read_item(&item[lane], a, work, i < count);
+        __syncwarp(); /* a unit's two items are neighbouring lanes' */
+        sm90::make_part(&part[lane], &item[lane & ~1u], &item[lane | 1], i % 2, a);
         static_cast<sm90::item *>(a.units)[i] = part[lane];
     }
 }

@@ -179,7 +179,7 @@ template <int THREADS, int CHUNKS, int SLICES, bool MANY> struct gate_team {
         ask_sums(row, 0, slices);
 #pragma unroll 1
         for (; row < a.rows; row += step) {
-            const uint32_t count = slices; /* 0: padding */
+            const uint32_t count = slices; /* 0: nothing to do */
             eight e[CHUNKS];
             uint4 u[CHUNKS];
 #pragma unroll

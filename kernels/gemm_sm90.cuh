@@ -1,5 +1,5 @@
-/* What the two products of a layer on Hopper share (uvqk_sm90.cu, project_sm90.cu): shapes of
- * tiles, the ring of stages, the order of tiles, how results leave.
+/* What the products on Hopper share (uvqk_sm90.cu, project_sm90.cu, head_sm90.cu): shapes of tiles,
+ * the ring of stages, the order of tiles, how results leave.
  *
  * A block is one producer thread, which feeds a ring of stages by TMA, and consumer warpgroups of
  * 64 rows each, which multiply by wgmma: a K-major, b as it lies in memory, MN-major. Persistent;

@@ -7,7 +7,8 @@
  * Making y here, from attention's sums and u, was tried and is slower: a tile then takes 64 KiB for
  * 64 columns of k, and a multiprocessor does not get that much in the time of the products.
  *
- * Moves: y once per column block (from L2), P once per row block or cluster, x twice. */
+ * Moves: y once per column block (from L2), P once per row block or cluster, x twice; in the last
+ * layer row tiles with candidates alone. */
 #include "gemm_sm90.cuh"
 
 namespace

@@ -10,7 +10,7 @@
  * function unit, takes a quarter of a product's time.
  *
  * Moves: x once per column block (from L2), W' once per row block or cluster, m once; a page row
- * once. */
+ * once. In the last layer not what nobody wants: u and q of row tiles without candidates. */
 #include "gemm_sm90.cuh"
 
 namespace
