@@ -120,7 +120,7 @@ struct hstu_head_args {
     struct hstu_device_batch batch;
     const void *x; /* [rows][embed] */
     const void *weight1, *bias1, *weight2, *bias2;
-    float *scratch;            /* HSTU_HEAD_SCRATCH() or HSTU_HEAD_SM90_SCRATCH() floats */
+    float *scratch;            /* [rows][hidden], of which Hopper's head takes outputs / 64 */
     float *logits;             /* pinned, [rows][outputs] */
     const uint32_t *row_count; /* candidates, one word on the device */
     uint32_t rows, embed, hidden_columns, outputs;
@@ -132,11 +132,8 @@ struct hstu_head_args {
     const uint32_t *wanted;
     uint32_t parts, sm_count;
 };
-#define HSTU_HEAD_SCRATCH(rows, hidden, outputs) ((uint64_t)(rows) * (hidden))
 int hstu_launch_head(const struct hstu_head_args *args, void *stream);
 #define HSTU_HEAD_SM90_OUTPUTS 64 /* at most */
-#define HSTU_HEAD_SM90_SCRATCH(rows, hidden, outputs)                                              \
-    ((uint64_t)(rows) * ((hidden) / 64) * (outputs))
 int hstu_launch_head_sm90(const struct hstu_head_args *args, void *stream);
 /* Rows of the row tiles that args->wanted has to list. */
 uint32_t hstu_head_sm90_listed_rows(const struct hstu_head_args *args);

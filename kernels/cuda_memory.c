@@ -151,15 +151,12 @@ static void carve_arena(struct hstu_cuda *c, struct carver *at)
         a->last_units = carve(at, bytes);
     }
     if (c->fused) {
-        a->uvqk_wanted =
-            carve(at, (rows / 64 + 2) * 4); /* a count, and one more for who reads ahead */
-        a->project_wanted = carve(at, (rows / 64 + 2) * 4);
-        a->head_wanted = carve(at, (rows / 64 + 2) * 4);
+        const uint64_t bytes = (rows / 64 + 2) * 4; /* a count, and one more for who looks ahead */
+        a->uvqk_wanted = carve(at, bytes);
+        a->project_wanted = carve(at, bytes);
+        a->head_wanted = carve(at, bytes);
     }
-    const uint64_t columns = c->on_device.head_columns, outputs = m->head_out;
-    const uint64_t head_bytes =
-        4 * (hstu_cuda_head_fused(c) ? HSTU_HEAD_SM90_SCRATCH(rows, columns, outputs)
-                                     : HSTU_HEAD_SCRATCH(rows, columns, outputs));
+    const uint64_t head_bytes = rows * c->on_device.head_columns * 4;
     const uint64_t m_bytes = rows * 4 * HD * 2;
     a->activations = carve(at, 0);
     a->x = carve(at, rows * E * 2);

@@ -210,6 +210,16 @@ __device__ __forceinline__ void multiply_stage(float *d, const stage_ring<S> &ri
     sm90::wgmma_commit();
 }
 
+/* While those products are under way: the ones before them have ended, and their stage, if the tile
+ * has had one, is released. */
+template <typename S> __device__ __forceinline__ void release_before(stage_ring<S> &ring, bool any)
+{
+    sm90::wgmma_wait<1>();
+    if (any)
+        ring.release(ring.before());
+    ring.advance();
+}
+
 /* The producer, one thread: of each tile `Lead` stages that start() loads, then a's and b's. Of the
  * first tile the lead and b do not depend on the kernel before, and are asked for first. */
 template <typename S, int Lead, typename Parameters, typename Start>

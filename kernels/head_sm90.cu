@@ -13,6 +13,7 @@
 namespace
 {
 
+/* Costs as of the projection's tiles of the same shape. */
 template <int Groups, int Columns, int Stages>
 struct head : listed<shape<Groups, Columns, Stages, 1>> {
     static constexpr double START = Groups == 2 ? 2.3 : 2.5, ROUND = Groups == 2 ? 5.95 : 2.9;
@@ -81,9 +82,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, uint32_t group)
 #pragma unroll 1
         for (uint32_t step = 0; step < steps; step++) {
             multiply_stage<S>(d, ring, group, step > 0);
-            if (step > 0)
-                ring.release(ring.before());
-            ring.advance();
+            release_before<S>(ring, step > 0);
         }
         sm90::wgmma_wait();
         sm90::pin<S::COLUMNS / 2>(d);
@@ -136,6 +135,7 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
     const hstu_head_args &a = args.head;
     __shared__ uint32_t target_start[SKV_MAX_BATCH + 1], first_row[SKV_MAX_BATCH];
     const hstu_device_batch &batch = a.batch;
+    /* Counts are older than the layers, whose first kernels waited for all that pull wrote. */
     for (uint32_t b = threadIdx.x; b < SKV_MAX_BATCH + 1; b += SUM_THREADS) {
         target_start[b] = batch.target_start[b];
         if (b < SKV_MAX_BATCH)
@@ -161,19 +161,16 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
 
 /* ---- host ---- */
 
-struct choice choose(const struct hstu_head_args *args)
+template <typename S> double cost(const struct hstu_head_args *args, S)
 {
-    return choose_tiles(HSTU_TILES_ANY, HSTU_TILES_128X128, HSTU_TILES_64X64, true,
-                        [&](enum hstu_tiles tiles, bool listed) {
-                            return with_shape(tiles, [&](auto shape) {
-                                using S = decltype(shape);
-                                return listed ? estimate<S>(tiles_of<S>(wanted_rows<S>(args->rows),
-                                                                        args->hidden_columns),
-                                                            args->hidden_columns, args->embed,
-                                                            args->sm_count)
-                                              : INFINITY;
-                            });
-                        });
+    const uint32_t n = args->hidden_columns, tiles = tiles_of<S>(wanted_rows<S>(args->rows), n);
+    return estimate<S>(tiles, n, args->embed, args->sm_count);
+}
+
+enum hstu_tiles choose(const struct hstu_head_args *args)
+{
+    return cost(args, head<2, 128, 6>()) < cost(args, head<1, 64, 12>()) ? HSTU_TILES_128X128
+                                                                         : HSTU_TILES_64X64;
 }
 
 template <typename S> int launch_product(const struct hstu_head_args *args, cudaStream_t stream)
@@ -205,12 +202,12 @@ template <typename S> int launch_product(const struct hstu_head_args *args, cuda
 
 uint32_t hstu_head_sm90_listed_rows(const struct hstu_head_args *args)
 {
-    return with_shape(choose(args).tiles, [](auto shape) { return (uint32_t)shape.ROWS; });
+    return with_shape(choose(args), [](auto shape) { return (uint32_t)shape.ROWS; });
 }
 
 int hstu_launch_head_sm90(const struct hstu_head_args *args, void *stream)
 {
-    return with_shape(choose(args).tiles, [&](auto shape) -> int {
+    return with_shape(choose(args), [&](auto shape) -> int {
         using S = decltype(shape);
         const struct sum_args sum = {*args, args->hidden_columns / S::COLUMNS};
         const uint64_t most = (uint64_t)args->rows * args->outputs;

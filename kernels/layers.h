@@ -82,6 +82,10 @@ int hstu_reference_pass(const struct hstu_weights *weights, const struct hstu_se
                         uint32_t count, uint16_t *pool, bool rounded, float *block_out,
                         float *logits);
 
+/* The head of rows x [rows][E]: logits [rows][head_out]. Returns 0 or SKV_ENOMEM. */
+int hstu_reference_head(const struct hstu_weights *weights, const float *x, uint32_t rows,
+                        float *logits);
+
 /* The block alone on given input rows x [sum q][E] fp32 (bf16 values): what the kernels' tests
  * drive. */
 int hstu_reference_block(const struct hstu_weights *weights, const struct hstu_sequence *sequences,

@@ -118,21 +118,6 @@ template <typename S> struct consumer {
         sm90::pin<S::COLUMNS / 2>(d);
     }
 
-    /* After a step's products are under way: those of the step before have ended. */
-    __device__ __forceinline__ void release_last(bool any)
-    {
-        if (any)
-            ring.release(ring.before());
-        ring.advance();
-    }
-
-    __device__ __forceinline__ void multiply_step(float *d, bool any)
-    {
-        multiply_stage<S>(d, ring, group, true);
-        sm90::wgmma_wait<1>();
-        release_last(any);
-    }
-
     /* Sums to bf16 and to memory, and then their rows' moments. */
     __device__ __forceinline__ void end(const float *d, uint32_t row0, uint32_t column0)
     {
@@ -187,8 +172,10 @@ template <typename S> struct consumer {
         while (tiles.take(&row0, &column0)) {
             start(d);
 #pragma unroll 1
-            for (uint32_t step = 0; step < steps; step++)
-                multiply_step(d, step > 0);
+            for (uint32_t step = 0; step < steps; step++) {
+                multiply_stage<S>(d, ring, group, true);
+                release_before<S>(ring, step > 0);
+            }
             sm90::wgmma_wait();
             sm90::pin<S::COLUMNS / 2>(d);
             ring.release(ring.before());

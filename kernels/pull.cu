@@ -168,7 +168,7 @@ int hstu_launch_pull(const struct hstu_pull_args *args, void *stream)
     const uint32_t lines = (args->rows + LINE_ROWS - 1) / LINE_ROWS;
     const uint32_t block_rows = (lines + row_blocks - 1) / row_blocks * LINE_ROWS;
     if (block_rows > THREADS)
-        return SKV_EINVAL; /* cannot be: a thread a row is 131072 rows */
+        return SKV_EINVAL; /* cannot be: so many rows are more than a launch may have */
     uint32_t blocks = COPY_BLOCKS + (args->rows + block_rows - 1) / block_rows;
     pull_kernel<<<blocks, THREADS, 0, (cudaStream_t)stream>>>(*args, block_rows);
     return cudaGetLastError() == cudaSuccess ? SKV_OK : SKV_EDEVICE;

@@ -299,37 +299,42 @@ static void head_row(const struct hstu_weights *w, const float *x, double *sums,
     multiply(hidden, m->head_hidden, w->head2, w->head2_bias, m->head_out, sums, logits);
 }
 
+int hstu_reference_head(const struct hstu_weights *w, const float *x, uint32_t rows, float *logits)
+{
+    const struct hstu_model *m = &w->model;
+    float *hidden = malloc(m->head_hidden * sizeof *hidden);
+    double *sums = malloc(larger(m->head_hidden, m->head_out) * sizeof *sums);
+    for (uint32_t i = 0; hidden && sums && i < rows; i++)
+        head_row(w, x + (uint64_t)i * m->embed, sums, hidden, logits + (uint64_t)i * m->head_out);
+    const int status = hidden && sums ? SKV_OK : SKV_ENOMEM;
+    free(hidden);
+    free(sums);
+    return status;
+}
+
 int hstu_reference_pass(const struct hstu_weights *w, const struct hstu_sequence *sequences,
                         uint32_t count, uint16_t *pool, bool rounded, float *block_out,
                         float *logits)
 {
     const struct hstu_model *m = &w->model;
     const uint64_t E = m->embed, rows = rows_of_all(sequences, count);
-    int status = SKV_ENOMEM;
-    float *x = malloc(larger(rows * E, 1) * sizeof *x);
-    float *hidden = malloc(m->head_hidden * sizeof *hidden);
-    double *sums = malloc(larger(m->head_hidden, m->head_out) * sizeof *sums);
-    if (!x || !hidden || !sums)
-        goto out;
-
+    float *x = calloc(larger(rows * E, 1), sizeof *x);
+    if (!x)
+        return SKV_ENOMEM;
     uint64_t first = 0;
     for (uint32_t b = 0; b < count; first += rows_of(&sequences[b++]))
         embed_rows(w, &sequences[b], x + first * E);
-    status = hstu_reference_block(w, sequences, count, pool, rounded, x, x);
-    if (status != 0)
-        goto out;
-    if (block_out && rows)
+    int status = hstu_reference_block(w, sequences, count, pool, rounded, x, x);
+    if (status == SKV_OK && block_out && rows)
         memcpy(block_out, x, rows * E * sizeof *x);
-
     first = 0;
-    for (uint32_t b = 0; logits && b < count; first += rows_of(&sequences[b++]))
-        for (uint32_t t = 0; t < sequences[b].targets; t++, logits += m->head_out) {
-            uint64_t row = first + sequences[b].history - sequences[b].cached + t;
-            head_row(w, x + row * E, sums, hidden, logits);
-        }
-out:
+    for (uint32_t b = 0; logits && status == SKV_OK && b < count;
+         first += rows_of(&sequences[b++])) {
+        const struct hstu_sequence *q = &sequences[b];
+        const uint64_t row = first + q->history - q->cached;
+        status = hstu_reference_head(w, x + row * E, q->targets, logits);
+        logits += (uint64_t)q->targets * m->head_out;
+    }
     free(x);
-    free(hidden);
-    free(sums);
     return status;
 }

@@ -644,6 +644,20 @@ static void check_repeats(struct hstu_cuda *c, const struct hstu_sequence *s, ui
     free(again);
 }
 
+/* Some of the logits, of rows as they came from the block: the head alone. */
+static void check_logits(const struct hstu_cuda *c, const float *rows, const float *logits,
+                         uint32_t count)
+{
+    cr_assert_eq(c->model.head_out, 1);
+    for (uint32_t i = 0; i < count; i += count / 16 + 1) {
+        float want;
+        cr_assert_eq(hstu_reference_head(c->weights, rows + (uint64_t)i * c->model.embed, 1, &want),
+                     SKV_OK);
+        cr_expect(fabsf(logits[i] - want) <= 2e-3f * fmaxf(fabsf(want), 1),
+                  "%s: logit %u: %f, not %f", c->path->name, i, logits[i], want);
+    }
+}
+
 /* One cell: history, new tokens and 256 candidates for `batch` users, cached pages random, every
  * other page NaN. Returns the worst distance of both runners. */
 static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h, uint32_t n,
@@ -654,6 +668,7 @@ static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h
     const uint64_t elements = UINT64_C(1) * batch * (n + 256) * c->model.embed;
     float *x = malloc(elements * 4), *r32 = malloc(elements * 4), *r16 = malloc(elements * 4);
     float *served = malloc(elements * 4), *again = malloc(elements * 4);
+    static float logits[8 * 256], logits_again[8 * 256];
     struct hstu_sequence s[8];
     double worst = 0;
     CUDA(cudaMemset(c->pool, 0xff, c->pool_pages * page_bytes));
@@ -682,15 +697,18 @@ static double check_cell(struct hstu_cuda *runner[2], uint32_t batch, uint32_t h
     keep_candidates(s, batch, c->model.embed, r32);
     const uint64_t kept = keep_candidates(s, batch, c->model.embed, r16);
     for (int k = 0; k < 2; k++) {
-        serve(runner[k], s, batch, served, NULL);
+        serve(runner[k], s, batch, served, logits);
+        check_logits(runner[k], served, logits, batch * 256);
         struct distance d = distance_of(served, r32, r16, kept, 0);
         cr_expect(d.max <= 1 && d.mean <= 1,
                   "%s: candidates of batch %u, history %u, new %u: max %.2f mean %.2f of the limit",
                   runner[k]->path->name, batch, h, n, d.max, d.mean);
         worst = fmax(worst, fmax(d.max, d.mean));
         for (int i = 0; i < 2; i++) {
-            serve(runner[k], s, batch, again, NULL);
-            cr_expect_eq(memcmp(again, served, kept * 4), 0,
+            serve(runner[k], s, batch, again, logits_again);
+            cr_expect_eq(memcmp(again, served, kept * 4) |
+                             memcmp(logits_again, logits, batch * 256 * sizeof *logits),
+                         0,
                          "%s: candidates of batch %u, history %u, new %u: not the same bits again",
                          runner[k]->path->name, batch, h, n);
         }

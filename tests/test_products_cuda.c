@@ -364,38 +364,43 @@ Test(products_cuda, large_graphs_leave_out_what_nobody_wants)
     struct hstu_uvqk_args uvqk = {
         .n = 4096, .k = 1024, .parts = 8, .sm_count = 132, .wanted = list};
     struct hstu_project_args project = {.n = 1024, .k = 1024, .sm_count = 132, .wanted = list};
-    for (uint32_t rows = 384; rows <= 34816; rows = rows * 3 / 2 / 128 * 128) {
-        uvqk.rows = project.rows = rows;
-        if (rows >= 2048)
-            cr_expect_gt(hstu_uvqk_sm90_listed_rows(&uvqk), 0, "UVQK of %u rows", rows);
-        if (rows >= 4096)
-            cr_expect_gt(hstu_project_sm90_listed_rows(&project), 0, "projection of %u rows", rows);
+    static const uint32_t both[] = {2304, 2560, 4096, 4352, 6144, 10240, 18432, 34816};
+    for (uint32_t i = 0; i < sizeof both / sizeof *both; i++) {
+        uvqk.rows = project.rows = both[i];
+        cr_expect_gt(hstu_uvqk_sm90_listed_rows(&uvqk), 0, "UVQK of %u rows", both[i]);
+        cr_expect_gt(hstu_project_sm90_listed_rows(&project), 0, "projection of %u rows", both[i]);
     }
+    uvqk.rows = project.rows = 384;
+    cr_expect_eq(hstu_uvqk_sm90_listed_rows(&uvqk), 0, "one round, whatever is left out");
+    cr_expect_eq(hstu_project_sm90_listed_rows(&project), 0);
     uvqk.wanted = project.wanted = NULL;
     cr_expect_eq(hstu_uvqk_sm90_listed_rows(&uvqk), 0);
     cr_expect_eq(hstu_project_sm90_listed_rows(&project), 0);
 }
 
-/* The head on Hopper against the other one; a row of zeros has no length. */
-static void check_head(uint32_t k, uint32_t hidden, uint32_t outputs, uint32_t parts,
-                       uint32_t sm_count)
+/* The head on Hopper against the other one, `batch` sequences; a row of zeros has no length. Rows
+ * are an odd number of 64s, so that the last tile of 128 goes past the end. */
+static void check_head(uint32_t batch, uint32_t k, uint32_t hidden, uint32_t outputs,
+                       uint32_t parts, uint32_t sm_count)
 {
-    enum { BATCH = 5 };
-    static const uint32_t added[BATCH] = {37, 0, 300, 64, 5}, targets[BATCH] = {50, 130, 0, 1, 700};
-    struct hstu_counts counts = {.layout = {.batch = BATCH}};
+    static const uint32_t some[][2] = {{37, 50}, {0, 130}, {300, 0}, {64, 1}, {5, 700}};
+    uint32_t added[SKV_MAX_BATCH], targets[SKV_MAX_BATCH];
+    struct hstu_counts counts = {.layout = {.batch = batch}};
     struct hstu_layout *l = &counts.layout;
-    for (uint32_t b = 0; b < BATCH; b++) {
+    for (uint32_t b = 0; b < batch; b++) {
+        added[b] = b < 5 ? some[b][0] : b % 7;
+        targets[b] = b < 5 ? some[b][1] : b % 4;
         l->row_start[b + 1] = l->row_start[b] + added[b] + targets[b];
         l->history[b] = 1000;
         l->cached[b] = 1000 - added[b];
         counts.target_start[b + 1] = counts.target_start[b] + targets[b];
     }
-    const uint32_t rows = (l->row_start[BATCH] + 127) / 128 * 128;
-    const uint32_t width = k / parts, count = counts.target_start[BATCH] * outputs;
-    counts.candidates = counts.target_start[BATCH];
+    const uint32_t rows = ((l->row_start[batch] + 63) / 64 | 1) * 64;
+    const uint32_t width = k / parts, count = counts.target_start[batch] * outputs;
+    counts.candidates = counts.target_start[batch];
     uint32_t *sequence = malloc(rows * 4);
     memset(sequence, 0xff, rows * 4);
-    for (uint32_t b = 0; b < BATCH; b++)
+    for (uint32_t b = 0; b < batch; b++)
         for (uint32_t r = l->row_start[b]; r < l->row_start[b + 1]; r++)
             sequence[r] = b;
     void *x = random_on_device((uint64_t)rows * k, k, -3, 5);
@@ -419,9 +424,9 @@ static void check_head(uint32_t k, uint32_t hidden, uint32_t outputs, uint32_t p
                         random_on_device(hidden, 3, -0.5f, 0.5f),
                         random_on_device((uint64_t)hidden * outputs, 4, -0.3f, 0.3f),
                         random_on_device(outputs, 5, -1, 1)};
-    const uint64_t scratch_bytes = 4 * (HSTU_HEAD_SCRATCH(rows, hidden, outputs) +
-                                        HSTU_HEAD_SM90_SCRATCH(rows, hidden, outputs));
-    void *scratch = on_device(NULL, scratch_bytes), *logits[2];
+    const uint64_t scratch_bytes[2] = {(uint64_t)rows * hidden * 4,
+                                       (uint64_t)rows * hidden / 64 * outputs * 4};
+    void *scratch[2], *logits[2];
     struct hstu_head_args args = {.batch = {.row_sequence = on_sequence,
                                             .row_start = on_counts->layout.row_start,
                                             .history = on_counts->layout.history,
@@ -432,7 +437,6 @@ static void check_head(uint32_t k, uint32_t hidden, uint32_t outputs, uint32_t p
                                   .bias1 = weights[1],
                                   .weight2 = weights[2],
                                   .bias2 = weights[3],
-                                  .scratch = scratch,
                                   .row_count = &on_counts->candidates,
                                   .rows = rows,
                                   .embed = k,
@@ -458,7 +462,9 @@ static void check_head(uint32_t k, uint32_t hidden, uint32_t outputs, uint32_t p
     for (int i = 0; i < 2; i++) {
         logits[i] = on_device(NULL, (uint64_t)rows * outputs * 4);
         CUDA(cudaMemset(logits[i], 0xff, (uint64_t)rows * outputs * 4));
-        CUDA(cudaMemset(scratch, 0xff, scratch_bytes));
+        scratch[i] = on_device(NULL, scratch_bytes[i]);
+        CUDA(cudaMemset(scratch[i], 0xff, scratch_bytes[i]));
+        args.scratch = scratch[i];
         args.logits = logits[i];
         cr_assert_eq(i ? hstu_launch_head_sm90(&args, NULL) : hstu_launch_head(&args, NULL),
                      SKV_OK);
@@ -474,20 +480,21 @@ static void check_head(uint32_t k, uint32_t hidden, uint32_t outputs, uint32_t p
     for (int i = 0; i < 4; i++)
         cudaFree(weights[i]);
     cudaFree(x), cudaFree(on_counts), cudaFree(on_sequence), cudaFree(on_candidates);
-    cudaFree(norms), cudaFree(on_moments), cudaFree(scratch), cudaFree(wanted);
-    cudaFree(logits[0]), cudaFree(logits[1]);
+    cudaFree(norms), cudaFree(on_moments), cudaFree(wanted);
+    cudaFree(scratch[0]), cudaFree(scratch[1]), cudaFree(logits[0]), cudaFree(logits[1]);
     free(sequence), free(host_x), free(moments), free(list), free(host[0]), free(host[1]);
 }
 
 Test(products_cuda, the_head_on_hopper_equals_the_other_one)
 {
     NEED_HOPPER();
-    check_head(1024, 1024, 1, 8, 132);
-    check_head(1024, 1024, 1, 4, 16);
-    check_head(512, 512, 8, 4, 132);
-    check_head(192, 128, 3, 1, 132);
-    check_head(64, 64, HSTU_HEAD_SM90_OUTPUTS, 1, 2);
-    check_head(256, 192, 5, 4, 6);
+    check_head(5, 1024, 1024, 1, 8, 132);
+    check_head(5, 1024, 1024, 1, 4, 16);
+    check_head(5, 256, 2048, 2, 4, 132); /* tiles of 128 x 128 */
+    check_head(5, 512, 512, 8, 4, 132);
+    check_head(SKV_MAX_BATCH, 192, 128, 3, 1, 132);
+    check_head(3, 64, 64, HSTU_HEAD_SM90_OUTPUTS, 1, 2);
+    check_head(5, 256, 192, 5, 4, 6);
 }
 
 static void check_projections(enum hstu_tiles tiles)
