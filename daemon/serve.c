@@ -493,5 +493,15 @@ int skv_serve(struct daemon *daemon)
 void skv_finish(struct daemon *daemon)
 {
     skv_mover_halt(daemon->mover);
-    take_events(daemon);
+    /* What the last events lead to is done as well: of a cut the store is told when the offload
+     * that was in flight is done. That leads to nothing more. */
+    for (int more = 2; take_events(daemon) > 0 && more > 0; more--) {
+        if (daemon->halted || skv_store_broken(daemon->store))
+            return;
+        if (skv_mover_resume(daemon->mover, daemon->pinner) != 0) {
+            skv_error("no thread to tell the store of the last cuts: such users may be back");
+            return;
+        }
+        skv_mover_halt(daemon->mover);
+    }
 }

@@ -335,7 +335,8 @@ ON_EVERY_BACKEND(a_stored_tail_is_kept_while_the_store_refuses)
         serve(u, MOST);
         cr_assert_eq(skv_lookup(skv, (struct skv_id){0}, skv_user_integer(0), &info), 0);
     }
-    cr_assert_eq(info.committed, stored);
+    cr_assert_eq(info.committed, stored, "committed %u, resident %d", info.committed,
+                 (int)info.resident);
     cr_assert_eq(acquire(skv, 0, stored, SKV_REQUEST_READ, &batch), 0);
     cr_assert_eq(batch.grants[0].cached, stored);
     for (uint32_t layer = 0; layer < geometry.layers; layer++)
