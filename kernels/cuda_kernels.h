@@ -160,8 +160,8 @@ int hstu_launch_product(enum hstu_product product, const struct hstu_product_arg
 
 /* ---- the two products of a layer (uvqk_sm90.cu, project_sm90.cu): compute capability 9.0 ----
  *
- * Rows of padding are computed like any other, but where only wanted tiles are; what comes of them
- * is in their own rows. */
+ * Rows of padding are computed like any other, where a list does not leave them out; what comes of
+ * them is in their own rows. */
 
 /* Rows by columns. UVQK has those up to 128 x 128, the projection those from 128 x 256 on. */
 enum hstu_tiles {

@@ -300,7 +300,7 @@ __device__ void consume(const parameters &p, stage_ring<S> ring, tile_notes<S> n
 #pragma unroll 1
                 for (; step < until; step++) {
                     multiply_stage<S>(d, ring, group, step > 0);
-                    if (step > 0) {
+                    if (step > 0) { /* as release_before(), which ptxas makes other code of here */
                         sm90::wgmma_wait<1>();
                         ring.release(ring.before());
                     }
