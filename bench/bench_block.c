@@ -5,10 +5,11 @@
  *
  * "block" is the layers alone, one graph, timed by events, L2 emptied before each run; "gated" the
  * same with open gates; "pass" the whole graph with pull and head; "launch" what the worker sees of
- * hstu_runner_launch(). The three graphs run by turns. The floor is the products at 700 TFLOP/s and
- * the attention (exact mask) at 600, one after the other, of what a pass needs: of history rows the
- * last layer's K and V alone, unless --every-row asks for all of their outputs, as the peers make
- * them. Weights, pages and tokens are random. */
+ * hstu_runner_launch(); "last gate" from when the last gate opens, all else done, to the pass's
+ * end. The three graphs run by turns. The floor is the products at 700 TFLOP/s and the attention
+ * (exact mask) at 600, one after the other, of what a pass needs: of history rows the last layer's
+ * K and V alone, unless --every-row asks for all of their outputs, as the peers make them. Weights,
+ * pages and tokens are random. */
 #include <assert.h>
 #include <cuda_runtime_api.h>
 #include <getopt.h>
@@ -121,6 +122,29 @@ static struct times time_launch(struct hstu_cuda *c, const struct hstu_sequence 
     return summarise(samples, 100);
 }
 
+/* What is left to do when the last gate opens: from the store, all before it done, until the CPU
+ * sees the end. */
+static struct times time_last_gate(struct hstu_cuda *c, const struct hstu_sequence *s,
+                                   uint32_t batch, double pass_us)
+{
+    enum { RUNS = 20 };
+    uint32_t *last = c->gate_row + c->model.geometry.layers - 1;
+    double samples[RUNS];
+    for (uint32_t i = 0; i < RUNS; i++) {
+        *last = 0;
+        check(hstu_backend_cuda.launch(c, s, batch, true), "launch");
+        const int waited = hstu_backend_cuda.wait(c, NULL, 1 + (uint32_t)(1.5 * pass_us / 1000));
+        check(waited == SKV_ETIMEDOUT ? SKV_OK : SKV_EPROTO, "a pass behind a closed gate");
+        uint64_t start = skv_now_ns();
+        skv_gate_store(last, 1);
+        while (cudaEventQuery(c->done) == cudaErrorNotReady)
+            ;
+        samples[i] = (double)(skv_now_ns() - start) / 1000.0;
+        check(hstu_backend_cuda.wait(c, NULL, 10000), "wait");
+    }
+    return summarise(samples, RUNS);
+}
+
 static double floor_us(const struct hstu_model *m, uint32_t batch, uint32_t history, uint32_t n)
 {
     const double E = m->embed, HD = m->geometry.heads * m->geometry.head_dim;
@@ -173,16 +197,17 @@ static void cell(struct hstu_cuda *c, const struct hstu_sequence *s, uint32_t ba
                                    {.instance = 0 /* the whole pass */}};
     time_graphs(c, size, graphs);
     const struct times block = graphs[0].times, gated = graphs[1].times, pass = graphs[2].times;
-    struct times launch = time_launch(c, s, batch);
+    const struct times launch = time_launch(c, s, batch);
+    const struct times last_gate = time_last_gate(c, s, batch, pass.median);
     double least = floor_us(&c->model, batch, history, n);
     const struct peer *peer = peer_of(batch, history, n);
     double dense = peer ? peer->dense * 1000 / block.median : NAN;
     double paged = peer ? peer->paged * 1000 / block.median : NAN;
-    printf(csv ? "%u,%u,%u,%u,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.3f,%.2f,%.2f\n"
+    printf(csv ? "%u,%u,%u,%u,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.1f,%.3f,%.2f,%.2f,%.1f\n"
                : "%5u %7u %5u %6u %5.1f %9.1f %9.1f %9.1f %9.1f %7.1f %7.1f %9.1f %6.2f %6.2f "
-                 "%6.2f\n",
+                 "%6.2f %9.1f\n",
            batch, history, n, rows, waste, block.median, block.p90, gated.median, pass.median,
-           launch.median, launch.p90, least, least / block.median, dense, paged);
+           launch.median, launch.p90, least, least / block.median, dense, paged, last_gate.median);
     fflush(stdout);
     if (peer) {
         totals.dense += log(dense);
@@ -283,9 +308,9 @@ int main(int argc, char **argv)
     printf("# attention %s, products %s; times in us\n", c->path->name, hstu_cuda_products(c));
     printf(
         csv ? "batch,history,new,rows,padding_percent,block,block_p90,gated,pass,launch,"
-              "launch_p90,floor,fraction,dense_peer_over,paged_peer_over\n"
+              "launch_p90,floor,fraction,dense_peer_over,paged_peer_over,last_gate\n"
             : "batch history   new   rows  pad%%     block       p90     gated      pass  launch "
-              "    p90     floor  floor/ dense/ paged/\n");
+              "    p90     floor  floor/ dense/ paged/ last gate\n");
     for (uint32_t batch = 1; batch <= MAX_BATCH; batch *= 2)
         for (uint32_t history = 128; history <= MAX_HISTORY; history *= 2)
             for (uint32_t n = history; n >= 128; n /= 2) {

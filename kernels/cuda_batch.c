@@ -135,7 +135,6 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
         l->appended[b] = s->append ? s->history - s->cached : 0;
         n->target_start[b] = target;
         n->targets[b] = s->targets;
-        n->wanted_from[b] = c->every_row ? 0 : s->history - s->cached;
         if (sequence_rows)
             memcpy(c->pinned.token + row, s->tokens, sequence_rows * sizeof *s->tokens);
         if (pages)
@@ -150,6 +149,7 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
     l->batch = count;
     l->pages = page;
     n->candidates = target;
+    n->every_row = c->every_row;
     c->candidates = target;
     int status = plan(c, sequences, count, *graph_rows, target);
     note_written(c);

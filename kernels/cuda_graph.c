@@ -2,7 +2,7 @@
  * first needed (a few milliseconds), launched with one call ever after. Batch and lengths are data
  * behind fixed addresses; only the number of rows is in the graph.
  *
- *   pull -> L x { [wait l] -> norm -> UVQK -> activate -> attention -> gate -> projection } -> head
+ *   pull -> L x { norm -> UVQK -> [wait l] -> activate -> attention -> gate -> projection } -> head
  *
  * or, fused (uvqk_sm90.cu, project_sm90.cu, head_sm90.cu),
  *
@@ -12,17 +12,14 @@
  * left out is data too: attention has a work list of its own there, the gate passes rows without
  * slices by, the products walk lists of row tiles, where fused. (`every_row`: all is in them.)
  *
- * The waits for gates form a branch of their own, which runs ahead while the layers compute; up to
- * GATE_AHEAD_ROWS wait l + 1 stands before the gate kernel of layer l. On Hopper a kernel may start
- * while the one before it ends (programmatic dependent launch): it then waits, itself, for what
- * that one writes. Every such kernel lets the next start only after its own wait, so what is older
- * than the kernel before may be read at once. */
+ * A wait stands before the first kernel of its layer that touches pages, or sooner (is_ahead());
+ * the waits form a branch of their own (cuda_gates.c). On Hopper a kernel may start while the one
+ * before it ends (programmatic dependent launch), unless it is behind such a wait: it then waits,
+ * itself, for what that one writes. Every such kernel lets the next start only after its own wait,
+ * so what is older than the kernel before may be read at once. */
 #include "cuda_state.h"
 
-#include <cuda.h>
 #include <string.h>
-
-#include "log.h"
 
 /* ---- size classes ---- */
 
@@ -45,52 +42,15 @@ uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index)
 
 /* ---- one pass, enqueued ---- */
 
-/* Up to so many rows the next layer's gate goes before y: of a layer's kernels y loses the least by
- * not starting early (2.5 us; elsewhere 2.8 to 3.1, docs/benchmarks.md). In a larger graph that
- * would only be a wait too soon. */
+/* Up to so many rows a layer's gate stands before y of the layer before, which of all kernels loses
+ * the least by not starting early (2.4 us; others 2.6 to 4, docs/benchmarks.md). In a larger graph
+ * that would only be a wait too soon. So it would for the last gate, which opens when all copies
+ * are done: what stands behind it is what a user still waits for. */
 enum { GATE_AHEAD_ROWS = 4352 };
 
 /* Up to so many rows, a layer's activations stay in the L2 if weights, and what attention reads,
  * give way to them: 2 % on the mean up to 1,024 rows. In larger graphs that costs up to 7 %. */
 enum { SPARED_L2_ROWS = 1536 };
-
-typedef CUresult wait_value_fn(CUstream stream, CUdeviceptr address, cuuint32_t value,
-                               unsigned int flags);
-
-/* The driver's stream wait, without linking libcuda. */
-static wait_value_fn *wait_value_find(void)
-{
-    void *found = NULL;
-    enum cudaDriverEntryPointQueryResult result;
-    cudaError_t e = cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", &found, 12000,
-                                                     cudaEnableDefault, &result);
-    if (e != cudaSuccess || result != cudaDriverEntryPointSuccess || !found) {
-        skv_error("the driver has no cuStreamWaitValue32 (%d)", (int)result);
-        return NULL;
-    }
-    return (wait_value_fn *)found;
-}
-
-/* All gates in a row on the gate stream, each with an event for its layer to join. */
-static int enqueue_gates(struct hstu_cuda *c)
-{
-    wait_value_fn *wait_value = wait_value_find();
-    if (!wait_value)
-        return SKV_EDEVICE;
-    cudaError_t e = cudaEventRecord(c->fork, c->stream);
-    if (e == cudaSuccess)
-        e = cudaStreamWaitEvent(c->gate_stream, c->fork, 0);
-    for (uint32_t l = 0; l < c->model.geometry.layers && e == cudaSuccess; l++) {
-        CUresult waited = wait_value((CUstream)c->gate_stream, c->gate_address + l * 4, 1,
-                                     CU_STREAM_WAIT_VALUE_GEQ);
-        if (waited != CUDA_SUCCESS) {
-            skv_error("cuStreamWaitValue32: error %d", (int)waited);
-            return SKV_EDEVICE;
-        }
-        e = cudaEventRecord(c->joined[l], c->gate_stream);
-    }
-    return hstu_cuda_check(e, "capturing the gates");
-}
 
 static bool is_last(const struct hstu_cuda *c, uint32_t layer)
 {
@@ -176,15 +136,6 @@ static int enqueue_pull(struct hstu_cuda *c, uint32_t rows)
         .page_tokens = c->model.geometry.page_tokens,
     };
     return hstu_launch_pull(&pull, c->stream);
-}
-
-/* The wait for gate l, before the kernels of layer l touch pages. A kernel behind such a wait does
- * not start early. */
-static int enqueue_gate(struct hstu_cuda *c, uint32_t layer, bool gated)
-{
-    if (!gated)
-        return SKV_OK;
-    return hstu_cuda_check(cudaStreamWaitEvent(c->stream, c->joined[layer], 0), "joining a gate");
 }
 
 /* y for the projection: u * LN(sums of slices / N). */
@@ -327,28 +278,38 @@ static int enqueue_prepare(struct hstu_cuda *c, uint32_t rows)
     return hstu_launch_prepare(&prepare, c->stream);
 }
 
+/* Does the layer's gate stand before y of the layer before, instead of before its own UVQK? */
+static bool is_ahead(const struct hstu_cuda *c, uint32_t rows, uint32_t layer)
+{
+    return rows <= GATE_AHEAD_ROWS && layer > 0 && layer + 1 < c->model.geometry.layers;
+}
+
 /* A layer of four kernels: the first norm, activation and the residual are parts of the products.
  */
-static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated)
+static int enqueue_fused_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer,
+                               cudaGraphNode_t *behind)
 {
     struct hstu_attention_args attention = attention_args(c, layer, rows);
     attention.early = true;
     attention.spares_l2 = rows <= SPARED_L2_ROWS;
     const struct hstu_project_args project = project_args(c, rows, layer);
     const struct hstu_uvqk_args uvqk = uvqk_args(c, rows, layer);
-    const bool ahead = rows <= GATE_AHEAD_ROWS;
-    int status = ahead && layer > 0 ? SKV_OK : enqueue_gate(c, layer, gated);
-    if (status != SKV_OK || (status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
+    int status;
+    if ((status = hstu_launch_uvqk_sm90(&uvqk, c->stream)) != SKV_OK ||
+        (!is_ahead(c, rows, layer) &&
+         (status = hstu_cuda_stands_behind(c, layer, behind)) != SKV_OK) ||
         (status = c->path->launch(&attention, c->stream)) != SKV_OK ||
-        (ahead && !is_last(c, layer) && (status = enqueue_gate(c, layer + 1, gated)) != SKV_OK) ||
-        (status = enqueue_y(c, rows, layer)) != SKV_OK)
+        (status = enqueue_y(c, rows, layer)) != SKV_OK ||
+        (is_ahead(c, rows, layer + 1) &&
+         (status = hstu_cuda_stands_behind(c, layer + 1, behind)) != SKV_OK))
         return status;
     return hstu_launch_project_sm90(&project, c->stream);
 }
 
 /* The same in six kernels. */
-static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, bool gated,
-                         struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
+static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer,
+                         cudaGraphNode_t *behind, struct hstu_gemm_plan *uvqk,
+                         struct hstu_gemm_plan *projection)
 {
     const struct hstu_model *m = &c->model;
     const struct hstu_cuda_arena *a = &c->arena;
@@ -370,35 +331,32 @@ static int enqueue_layer(struct hstu_cuda *c, uint32_t rows, uint32_t layer, boo
                                           .layer = layer};
     struct hstu_attention_args attention = attention_args(c, layer, rows);
     int status;
-    if ((status = enqueue_gate(c, layer, gated)) != SKV_OK ||
-        (status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
+    if ((status = hstu_launch_norm(&norm, c->stream)) != SKV_OK ||
         (status = hstu_gemm_run(uvqk, a->normed, w->uvqk, w->uvqk_bias, a->m, c->stream)) !=
             SKV_OK ||
         (status = hstu_launch_activate(&activate, c->stream)) != SKV_OK ||
+        (status = hstu_cuda_stands_behind(c, layer, behind)) != SKV_OK ||
         (status = c->path->launch(&attention, c->stream)) != SKV_OK ||
         (status = enqueue_y(c, rows, layer)) != SKV_OK)
         return status;
     return hstu_gemm_run(projection, a->normed, w->projection, NULL, a->x, c->stream);
 }
 
-static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
+static int enqueue_pass(struct hstu_cuda *c, uint32_t rows, bool block, cudaGraphNode_t *behind,
                         struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection)
 {
-    const bool gated = instance & HSTU_CUDA_GATED, block = instance & HSTU_CUDA_BLOCK;
     int status = SKV_OK;
-    if (gated)
-        status = enqueue_gates(c);
-    if (status == SKV_OK && !block)
+    if (!block)
         status = enqueue_pull(c, rows);
-    else if (status == SKV_OK && c->path->unit_items == 1)
+    else if (c->path->unit_items == 1)
         status = hstu_cuda_check(
             cudaMemsetAsync(c->arena.counts->next, 0, sizeof c->arena.counts->next, c->stream),
             "resetting the counters");
     if (status == SKV_OK)
         status = enqueue_prepare(c, rows);
     for (uint32_t l = 0; l < c->model.geometry.layers && status == SKV_OK; l++)
-        status = c->fused ? enqueue_fused_layer(c, rows, l, gated)
-                          : enqueue_layer(c, rows, l, gated, uvqk, projection);
+        status = c->fused ? enqueue_fused_layer(c, rows, l, behind)
+                          : enqueue_layer(c, rows, l, behind, uvqk, projection);
     if (status != SKV_OK || block)
         return status;
     const struct hstu_head_args head = head_args(c, rows);
@@ -412,6 +370,8 @@ static int capture(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
                    struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection,
                    cudaGraphExec_t *out)
 {
+    cudaGraphNode_t behind[SKV_MAX_LAYERS]; /* each gate */
+    const bool gated = instance & HSTU_CUDA_GATED, block = instance & HSTU_CUDA_BLOCK;
     cudaGraph_t graph = NULL;
     /* Thread-local: what the watcher thread or another session calls meanwhile is its own matter.
      */
@@ -419,10 +379,12 @@ static int capture(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
         cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "starting a capture");
     if (status != SKV_OK)
         return status;
-    status = enqueue_pass(c, rows, instance, uvqk, projection);
+    status = enqueue_pass(c, rows, block, gated ? behind : NULL, uvqk, projection);
     int ended = hstu_cuda_check(cudaStreamEndCapture(c->stream, &graph), "capturing a pass");
     if (status == SKV_OK)
         status = ended;
+    if (status == SKV_OK && gated)
+        status = hstu_cuda_add_waits(c, graph, behind);
     if (status == SKV_OK)
         status = hstu_cuda_check(cudaGraphInstantiate(out, graph, 0), "instantiating a graph");
     if (graph)

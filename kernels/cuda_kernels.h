@@ -19,12 +19,10 @@ struct hstu_counts {
     struct hstu_layout layout; /* all that a block of rows reads of the counts */
     uint32_t target_start[SKV_MAX_BATCH + 1];
     uint32_t targets[SKV_MAX_BATCH];
-    /* Of a sequence's rows, the first whose output of the last layer is wanted: its candidates, or
-     * all. */
-    uint32_t wanted_from[SKV_MAX_BATCH];
     uint32_t candidates;
+    uint32_t every_row;            /* 1: of the last layer history rows' output is wanted too */
     uint32_t next[SKV_MAX_LAYERS]; /* zeros */
-    uint32_t reserved[2];          /* the size is a multiple of 16 */
+    uint32_t reserved[1];          /* the size is a multiple of 16 */
 };
 static_assert(sizeof(struct hstu_counts) % 16 == 0, "pull copies 16 bytes at a time");
 

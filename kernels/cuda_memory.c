@@ -165,8 +165,10 @@ static void carve_arena(struct hstu_cuda *c, struct carver *at)
     a->head = a->m;
     a->partial = carve(at, partial_rows(c->arena_rows) * HD * 4);
     a->x_moments = carve(at, c->fused ? rows * (E / 64) * sizeof *a->x_moments : 0);
-    a->candidate_row = carve(at, rows * 4);
-    a->inverse_norm = carve(at, rows * 4);
+    if (!hstu_cuda_head_fused(c)) {
+        a->candidate_row = carve(at, rows * 4);
+        a->inverse_norm = carve(at, rows * 4);
+    }
     a->workspace_bytes = c->fused ? 0 : WORKSPACE_BYTES;
     a->workspace = carve(at, a->workspace_bytes);
 }

@@ -46,18 +46,12 @@ static int options_check(const struct hstu_runner_options *o)
     return slots < UINT32_MAX ? SKV_OK : SKV_EINVAL;
 }
 
-static int streams_open(struct hstu_cuda *c)
+static int stream_open(struct hstu_cuda *c)
 {
     cudaError_t e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     if (e == cudaSuccess)
-        e = cudaStreamCreateWithFlags(&c->gate_stream, cudaStreamNonBlocking);
-    if (e == cudaSuccess)
         e = cudaEventCreateWithFlags(&c->done, cudaEventDisableTiming);
-    if (e == cudaSuccess)
-        e = cudaEventCreateWithFlags(&c->fork, cudaEventDisableTiming);
-    for (uint32_t l = 0; l < c->model.geometry.layers && e == cudaSuccess; l++)
-        e = cudaEventCreateWithFlags(&c->joined[l], cudaEventDisableTiming);
-    return hstu_cuda_check(e, "opening streams");
+    return hstu_cuda_check(e, "opening a stream");
 }
 
 static void cuda_close(void *state)
@@ -70,15 +64,8 @@ static void cuda_close(void *state)
         cudaStreamSynchronize(c->stream);
     hstu_cuda_graphs_close(c);
     hstu_gemm_close(c->gemm);
-    for (uint32_t l = 0; l < SKV_MAX_LAYERS; l++)
-        if (c->joined[l])
-            cudaEventDestroy(c->joined[l]);
-    if (c->fork)
-        cudaEventDestroy(c->fork);
     if (c->done)
         cudaEventDestroy(c->done);
-    if (c->gate_stream)
-        cudaStreamDestroy(c->gate_stream);
     if (c->stream)
         cudaStreamDestroy(c->stream);
     hstu_cuda_memory_close(c);
@@ -126,7 +113,7 @@ static int prepare(struct hstu_cuda *c)
             return status;
         c->gate_address = (uintptr_t)address;
     }
-    if ((status = streams_open(c)) != SKV_OK || (status = hstu_cuda_memory_open(c)) != SKV_OK)
+    if ((status = stream_open(c)) != SKV_OK || (status = hstu_cuda_memory_open(c)) != SKV_OK)
         return status;
     return c->fused ? SKV_OK
                     : hstu_gemm_open(c->arena.workspace, c->arena.workspace_bytes, &c->gemm);

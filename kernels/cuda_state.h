@@ -1,8 +1,9 @@
-/* The CUDA runner's state, shared by its four files:
+/* The CUDA runner's state, shared by its files:
  *   cuda_runner.c  the backend: open, launch, wait, close
  *   cuda_memory.c  what it holds on the device: weights, arena, the pinned block
  *   cuda_batch.c   a batch checked and written into the pinned block
  *   cuda_graph.c   a pass enqueued, captured, kept by size
+ *   cuda_gates.c   the waits for gates in it
  * Tests and benches may look in here too. */
 #ifndef HSTU_CUDA_STATE_H
 #define HSTU_CUDA_STATE_H
@@ -111,9 +112,8 @@ struct hstu_cuda {
     const struct hstu_attention_path *path;
     struct hstu_gemm *gemm; /* NULL when fused */
     bool fused;             /* hstu_products_fused() */
-    cudaStream_t stream, gate_stream;
+    cudaStream_t stream;
     cudaEvent_t done; /* after every pass */
-    cudaEvent_t fork, joined[SKV_MAX_LAYERS];
     cudaGraphExec_t graph[HSTU_CUDA_MAX_SIZES][HSTU_CUDA_INSTANCES];
     uint32_t graphs;
     uint64_t graphs_bytes, context_bytes;
@@ -163,5 +163,12 @@ uint32_t hstu_cuda_graph_rows(uint32_t rows, uint32_t *index);
 int hstu_cuda_graph(struct hstu_cuda *c, uint32_t graph_rows, uint32_t instance,
                     cudaGraphExec_t *out);
 void hstu_cuda_graphs_close(struct hstu_cuda *c);
+
+/* cuda_gates.c */
+/* In a capture: the newest node is the first one of the layer that needs gate `layer` open. It goes
+ * to behind[layer]; NULL: a pass without waits. */
+int hstu_cuda_stands_behind(struct hstu_cuda *c, uint32_t layer, cudaGraphNode_t *behind);
+/* Adds a wait for every gate to the captured graph, before behind[layers]. SKV_EDEVICE. */
+int hstu_cuda_add_waits(struct hstu_cuda *c, cudaGraph_t graph, const cudaGraphNode_t *behind);
 
 #endif

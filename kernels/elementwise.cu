@@ -117,13 +117,15 @@ __device__ __forceinline__ uint32_t bits_of(uint32_t from, uint32_t end, uint32_
 __device__ void list_wanted(const hstu_counts &c, const hstu_wanted_tiles &to)
 {
     constexpr uint32_t EACH = SKV_MAX_BATCH / 32;
-    const uint32_t lane = threadIdx.x % 32, batch = c.layout.batch;
+    const hstu_layout &l = c.layout;
+    const uint32_t lane = threadIdx.x % 32, batch = l.batch, every_row = c.every_row;
     uint32_t from[EACH], end[EACH], word = 0;
 #pragma unroll
     for (uint32_t k = 0; k < EACH; k++) {
         const uint32_t b = lane + k * 32;
-        from[k] = c.layout.row_start[b] + c.wanted_from[b];
-        end[k] = c.layout.row_start[b + 1];
+        const uint32_t before_candidates = l.history[b] - l.cached[b];
+        from[k] = l.row_start[b] + (every_row ? 0 : before_candidates);
+        end[k] = l.row_start[b + 1];
     }
 #pragma unroll
     for (uint32_t k = 0; k < EACH; k++)

@@ -497,36 +497,42 @@ Test(layers_cuda, an_empty_batch_is_fine_and_a_wrong_one_is_refused)
     rig_close(r);
 }
 
-/* Layer by layer: the slices of the prefix arrive, then the gate opens. */
-static void check_gates(bool by_stream)
+/* Layer by layer: the slices of the prefix arrive, whole, then the gate opens. What a layer appends
+ * before that, to the last of those pages, would be lost. */
+static void check_gates(const char *kernels, bool by_stream)
 {
-    struct rig *r = rig_open(small_model(64, 32), NULL);
+    enum { ARRIVING = 4, PAGES = 5 };
+    struct hstu_model model = small_model(64, 32);
+    model.geometry.layers = 3;
+    struct rig *r = rig_open(model, kernels);
     const struct skv_geometry *g = &r->model.geometry;
-    const uint64_t slice = skv_slice_bytes(g);
-    struct hstu_sequence s = sequence(r, 0, 150, 96, 10, true);
+    const uint64_t slice = skv_slice_bytes(g), page = skv_page_bytes(g);
+    struct hstu_sequence s = sequence(r, 0, 150, 100, 10, true);
     float open[30], late[30];
-    char *staged;
+    char *staged, *open_pages = malloc(PAGES * page), *late_pages = malloc(PAGES * page);
     struct skv_stream *stream;
     cudaStream_t copies;
     prefill(r, &s);
     cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, false), SKV_OK);
     cr_assert_eq(hstu_backend_cuda.wait(r->runner, open, 10000), SKV_OK);
-    CUDA(cudaMallocHost((void **)&staged, 3 * skv_page_bytes(g)));
+    CUDA(cudaMallocHost((void **)&staged, ARRIVING * page));
     CUDA(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
     cr_assert_eq(skv_stream_open(r->device, &stream), SKV_OK);
-    for (uint32_t p = 0; p < 3; p++)
-        memcpy(staged + p * skv_page_bytes(g), r->pool + s.pages[p] * r->page_elements,
-               skv_page_bytes(g));
-    CUDA(cudaMemset(r->on_pool, 0xff, POOL_PAGES * r->page_elements * 2));
+    for (uint32_t p = 0; p < ARRIVING; p++)
+        memcpy(staged + p * page, r->pool + s.pages[p] * r->page_elements, page);
+    for (uint32_t p = 0; p < PAGES; p++)
+        CUDA(cudaMemcpy(open_pages + p * page, (char *)r->on_pool + s.pages[p] * page, page,
+                        cudaMemcpyDeviceToHost));
+    CUDA(cudaMemset(r->on_pool, 0xff, POOL_PAGES * page));
     memset(r->gates, 0, 64);
     CUDA(cudaDeviceSynchronize());
     cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, true), SKV_OK);
     cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 30), SKV_ETIMEDOUT);
     for (uint32_t l = 0; l < g->layers; l++) {
-        for (uint32_t p = 0; p < 3; p++)
-            CUDA(cudaMemcpyAsync((char *)r->on_pool + s.pages[p] * skv_page_bytes(g) + l * slice,
-                                 staged + p * skv_page_bytes(g) + l * slice, slice,
-                                 cudaMemcpyHostToDevice, copies));
+        for (uint32_t p = 0; p < ARRIVING; p++)
+            CUDA(cudaMemcpyAsync((char *)r->on_pool + s.pages[p] * page + l * slice,
+                                 staged + p * page + l * slice, slice, cudaMemcpyHostToDevice,
+                                 copies));
         CUDA(cudaStreamSynchronize(copies));
         if (by_stream)
             cr_assert_eq(skv_stream_write32(stream, &r->gates[l], 1), SKV_OK);
@@ -537,6 +543,10 @@ static void check_gates(bool by_stream)
     }
     cr_assert_eq(hstu_backend_cuda.wait(r->runner, late, 10000), SKV_OK);
     cr_expect_eq(memcmp(open, late, sizeof open), 0, "gated or not: the same bits");
+    for (uint32_t p = 0; p < PAGES; p++)
+        CUDA(cudaMemcpy(late_pages + p * page, (char *)r->on_pool + s.pages[p] * page, page,
+                        cudaMemcpyDeviceToHost));
+    cr_expect_eq(memcmp(open_pages, late_pages, PAGES * page), 0, "appended after the copies");
     /* Gates that stay open: again, at once. */
     cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, true), SKV_OK);
     cr_assert_eq(hstu_backend_cuda.wait(r->runner, late, 10000), SKV_OK);
@@ -544,19 +554,22 @@ static void check_gates(bool by_stream)
     skv_stream_close(stream);
     CUDA(cudaStreamDestroy(copies));
     CUDA(cudaFreeHost(staged));
+    free(open_pages), free(late_pages);
     rig_close(r);
 }
 
 Test(layers_cuda, a_gated_pass_waits_for_gates_opened_by_a_plain_store)
 {
     NEED_GPU();
-    check_gates(false);
+    check_gates(NULL, false);
+    check_gates("portable", false);
 }
 
 Test(layers_cuda, a_gated_pass_waits_for_gates_opened_by_a_stream_write)
 {
     NEED_GPU();
-    check_gates(true);
+    check_gates(NULL, true);
+    check_gates("portable", true);
 }
 
 Test(layers_cuda, a_gated_pass_whose_gates_are_open_has_no_graph_of_its_own)

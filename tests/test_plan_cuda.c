@@ -596,10 +596,10 @@ static void check_wanted(const struct hstu_cuda *c, const struct hstu_sequence *
 {
     const struct hstu_cuda_pinned *p = &c->pinned;
     uint64_t item_rows = 0, slices = 0;
+    cr_assert_eq(p->counts->every_row, c->every_row);
     for (uint32_t b = 0, row = 0; b < count; b++) {
         const struct hstu_sequence *s = &sequences[b];
         const uint32_t from = c->every_row ? 0 : s->history - s->cached;
-        cr_assert_eq(p->counts->wanted_from[b], from);
         for (uint32_t i = 0; i < rows_of(s); i++, row++) {
             /* From the first candidate's tile on, of 64 rows. */
             cr_assert_eq(p->last_slices[row] > 0,

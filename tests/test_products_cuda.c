@@ -312,9 +312,10 @@ static void check_list(const struct hstu_counts *counts, const uint32_t *list, u
     for (uint32_t tile = 0; tile * tile_rows < rows; tile++) {
         bool wanted = false;
         for (uint32_t b = 0; b < l->batch; b++)
-            for (uint32_t r = l->row_start[b] + counts->wanted_from[b]; r < l->row_start[b + 1];
-                 r++)
-                wanted |= r / tile_rows == tile;
+            for (uint32_t r = l->row_start[b]; r < l->row_start[b + 1]; r++)
+                wanted |=
+                    r / tile_rows == tile &&
+                    (counts->every_row || r - l->row_start[b] >= l->history[b] - l->cached[b]);
         if (wanted)
             cr_assert_eq(list[1 + found++], tile, "tiles of %u rows", tile_rows);
     }
@@ -337,8 +338,10 @@ Test(products_cuda, wanted_tiles_are_those_of_wanted_rows)
         for (uint32_t b = 0; b < l->batch; b++) {
             const uint32_t most = round % 3 ? MOST / l->batch : 100, rows = (uint32_t)rand() % most;
             l->row_start[b + 1] = l->row_start[b] + rows;
-            counts.wanted_from[b] = rand() % 4 == 0 ? rows : (uint32_t)rand() % (rows + 1);
+            l->cached[b] = (uint32_t)rand() % MOST;
+            l->history[b] = l->cached[b] + (rand() % 4 == 0 ? rows : (uint32_t)rand() % (rows + 1));
         }
+        counts.every_row = round % 5 == 0;
         struct hstu_counts *on_counts = on_device(&counts, sizeof counts);
         for (int k = 0; k < 2; k++) {
             struct hstu_prepare_args prepare = {
