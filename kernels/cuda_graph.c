@@ -13,7 +13,7 @@
  * slices by, the products walk lists of row tiles, where fused. (`every_row`: all is in them.)
  *
  * A wait stands before the first kernel of its layer that touches pages, or sooner (is_ahead());
- * the waits form a branch of their own (cuda_gates.c). On Hopper a kernel may start while the one
+ * the waits form a branch of their own (cuda_waits.c). On Hopper a kernel may start while the one
  * before it ends (programmatic dependent launch), unless it is behind such a wait: it then waits,
  * itself, for what that one writes. Every such kernel lets the next start only after its own wait,
  * so what is older than the kernel before may be read at once. */

@@ -3,7 +3,7 @@
  *   cuda_memory.c  what it holds on the device: weights, arena, the pinned block
  *   cuda_batch.c   a batch checked and written into the pinned block
  *   cuda_graph.c   a pass enqueued, captured, kept by size
- *   cuda_gates.c   the waits for gates in it
+ *   cuda_waits.c   the waits for gates in it
  * Tests and benches may look in here too. */
 #ifndef HSTU_CUDA_STATE_H
 #define HSTU_CUDA_STATE_H
@@ -164,7 +164,7 @@ int hstu_cuda_graph(struct hstu_cuda *c, uint32_t graph_rows, uint32_t instance,
                     cudaGraphExec_t *out);
 void hstu_cuda_graphs_close(struct hstu_cuda *c);
 
-/* cuda_gates.c */
+/* cuda_waits.c */
 /* In a capture: the newest node is the first one of the layer that needs gate `layer` open. It goes
  * to behind[layer]; NULL: a pass without waits. */
 int hstu_cuda_stands_behind(struct hstu_cuda *c, uint32_t layer, cudaGraphNode_t *behind);
