@@ -150,12 +150,11 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
         else if (i + 1 == p->pages)
             shuffled[i] = p->pool_pages - 1;
     p->page = shuffled;
-    uint32_t history[SKV_MAX_BATCH], cached[SKV_MAX_BATCH], targets[SKV_MAX_BATCH];
+    uint32_t history[SKV_MAX_BATCH], cached[SKV_MAX_BATCH];
     for (uint32_t b = 0; b < p->count; b++) {
         const struct hstu_sequence *q = &p->sequence[b];
         history[b] = q->history;
         cached[b] = q->cached;
-        targets[b] = q->targets;
         for (uint32_t t = 0; t < q->cached; t++)
             valid[shuffled[p->page_start[b] + t / s]]++;
     }
@@ -207,7 +206,6 @@ static void build(struct problem *p, uint32_t padding, uint32_t order, uint32_t 
     a->batch.page_start = (uint32_t *)device_copy(p->page_start, sizeof p->page_start);
     a->batch.history = (uint32_t *)device_copy(history, sizeof history);
     a->batch.cached = (uint32_t *)device_copy(cached, sizeof cached);
-    a->batch.targets = (uint32_t *)device_copy(targets, sizeof targets);
     a->batch.pages = (uint32_t *)device_copy(shuffled, p->pool_pages * sizeof(uint32_t));
     a->batch.slices = (uint8_t *)device_copy(slices, p->rows);
     a->batch.work = (struct hstu_work *)device_copy(work, capacity * sizeof *work);
@@ -239,7 +237,6 @@ static void clear(struct problem *p)
                          a->batch.page_start,
                          a->batch.history,
                          a->batch.cached,
-                         a->batch.targets,
                          a->batch.pages,
                          a->batch.slices,
                          a->batch.work,

@@ -88,7 +88,8 @@ struct hstu_runner_options {
     void *pool_append_base; /* where new K and V are written: skv_pool_append_base(); NULL:
                                pool_base */
     uint64_t pool_pages;
-    uint32_t max_rows;  /* query rows a launch, at least the longest history + candidates */
+    uint32_t max_rows;  /* query rows a launch, at least the longest history + candidates; CUDA:
+                           at most 65,536 */
     uint32_t max_batch; /* sequences a launch, at most SKV_MAX_BATCH */
     uint32_t *gate_row; /* of this runner's row, from skv_gate_row(); NULL: never gated */
     uint32_t threads;   /* host only: CPU threads, the waiting one included; 0: 1 */

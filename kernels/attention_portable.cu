@@ -13,11 +13,8 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda_check.h"
 #include "mma.cuh"
-
-extern "C" {
-#include "log.h"
-}
 
 namespace
 {
@@ -287,10 +284,7 @@ template <int D> int launch_for(const hstu_attention_args *args, cudaStream_t st
             *args, 1.0f / sqrtf((float)D));
         e = cudaGetLastError();
     }
-    if (e == cudaSuccess)
-        return SKV_OK;
-    skv_error("portable attention: %s", cudaGetErrorString(e));
-    return SKV_EDEVICE;
+    return hstu_cuda_check(e, "launching portable attention");
 }
 
 uint32_t tile_rows(uint32_t head_dim)

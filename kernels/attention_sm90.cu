@@ -35,6 +35,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda_check.h"
 #include "tensor_map.cuh"
 
 using namespace sm90;
@@ -150,10 +151,7 @@ template <int D> int launch(const struct hstu_attention_args *args, cudaStream_t
         attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>());
     if (e == cudaSuccess)
         e = cudaLaunchKernelEx(&grid, attention_kernel<D>, p);
-    if (e == cudaSuccess)
-        return SKV_OK;
-    skv_error("attention_sm90: %s", cudaGetErrorString(e));
-    return SKV_EDEVICE;
+    return hstu_cuda_check(e, "launching attention_sm90");
 }
 
 uint32_t path_tile_rows(uint32_t head_dim)

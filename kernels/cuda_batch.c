@@ -134,7 +134,6 @@ int hstu_cuda_batch(struct hstu_cuda *c, const struct hstu_sequence *sequences, 
         l->cached[b] = s->cached;
         l->appended[b] = s->append ? s->history - s->cached : 0;
         n->target_start[b] = target;
-        n->targets[b] = s->targets;
         if (sequence_rows)
             memcpy(c->pinned.token + row, s->tokens, sequence_rows * sizeof *s->tokens);
         if (pages)

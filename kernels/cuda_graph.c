@@ -13,10 +13,10 @@
  * slices by, the products walk lists of row tiles, where fused. (`every_row`: all is in them.)
  *
  * A wait stands before the first kernel of its layer that touches pages, or sooner (is_ahead());
- * the waits form a branch of their own (cuda_waits.c). On Hopper a kernel may start while the one
- * before it ends (programmatic dependent launch), unless it is behind such a wait: it then waits,
- * itself, for what that one writes. Every such kernel lets the next start only after its own wait,
- * so what is older than the kernel before may be read at once. */
+ * the waits form a branch of their own (cuda_waits.c). On Hopper a kernel that is not behind one
+ * may start while the kernel before it ends (programmatic dependent launch): it then waits, itself,
+ * for what that one writes. Every kernel lets the next start only after its own wait, so what is
+ * older than the kernel before may be read at once. */
 #include "cuda_state.h"
 
 #include <string.h>
@@ -66,11 +66,9 @@ static struct hstu_device_batch device_batch(const struct hstu_cuda *c, uint32_t
         .row_start = a->counts->layout.row_start,
         .history = a->counts->layout.history,
         .cached = a->counts->layout.cached,
-        .targets = a->counts->targets,
         .page_start = a->counts->layout.page_start,
         .pages = a->page,
         .row_sequence = a->row_sequence,
-        .slot = a->slot,
         .slices = last ? a->last_slices : a->slices,
         .work = last ? a->last_work : a->work,
         .work_room = c->work_capacity,
@@ -370,7 +368,7 @@ static int capture(struct hstu_cuda *c, uint32_t rows, uint32_t instance,
                    struct hstu_gemm_plan *uvqk, struct hstu_gemm_plan *projection,
                    cudaGraphExec_t *out)
 {
-    cudaGraphNode_t behind[SKV_MAX_LAYERS]; /* each gate */
+    cudaGraphNode_t behind[SKV_MAX_LAYERS] = {0}; /* each gate */
     const bool gated = instance & HSTU_CUDA_GATED, block = instance & HSTU_CUDA_BLOCK;
     cudaGraph_t graph = NULL;
     /* Thread-local: what the watcher thread or another session calls meanwhile is its own matter.

@@ -1,7 +1,7 @@
 /* The CUDA kernels around attention and the big products, as C functions: each enqueues on a
- * cudaStream_t (here void *, so that no CUDA header is needed) and returns 0 or SKV_EDEVICE.
- * Tensors are row-major; bf16 unless said otherwise. Rows of padding (row_sequence UINT32_MAX) are
- * neither read nor written. */
+ * cudaStream_t (here void *, so that no CUDA header is needed) and returns 0 or, logged, an error.
+ * Tensors are row-major; bf16 unless said otherwise. Rows of padding (row_sequence UINT32_MAX) hold
+ * nothing that reaches another row. */
 #ifndef HSTU_CUDA_KERNELS_H
 #define HSTU_CUDA_KERNELS_H
 
@@ -18,7 +18,6 @@ extern "C" {
 struct hstu_counts {
     struct hstu_layout layout; /* all that a block of rows reads of the counts */
     uint32_t target_start[SKV_MAX_BATCH + 1];
-    uint32_t targets[SKV_MAX_BATCH];
     uint32_t candidates;
     uint32_t every_row;            /* 1: of the last layer history rows' output is wanted too */
     uint32_t next[SKV_MAX_LAYERS]; /* zeros */

@@ -38,11 +38,14 @@ static void carve_weights(struct hstu_cuda *c, struct carver *at)
     w->head_columns = (uint32_t)round_up(m->head_hidden, 64);
     for (uint32_t l = 0; l < m->geometry.layers; l++) {
         struct hstu_cuda_layer *k = &w->layer[l];
-        k->ln1_weight = carve(at, E * 2);
-        k->ln1_bias = carve(at, E * 2);
         k->uvqk = carve(at, E * 4 * HD * 2);
-        k->uvqk_bias = carve(at, 4 * HD * 2);
-        k->fold = carve(at, c->fused ? 4 * HD * sizeof *k->fold : 0);
+        if (c->fused) {
+            k->fold = carve(at, 4 * HD * sizeof *k->fold);
+        } else {
+            k->ln1_weight = carve(at, E * 2);
+            k->ln1_bias = carve(at, E * 2);
+            k->uvqk_bias = carve(at, 4 * HD * 2);
+        }
         k->ln2_weight = carve(at, HD * 2);
         k->ln2_bias = carve(at, HD * 2);
         k->projection = carve(at, HD * E * 2);
@@ -60,7 +63,19 @@ static cudaError_t upload(void *to, const uint16_t *from, uint64_t count)
     return cudaMemcpy(to, from, count * 2, cudaMemcpyHostToDevice);
 }
 
-/* UVQK's weights with the norm before it folded in, as struct hstu_uvqk_args says. */
+/* The norm before UVQK, UVQK's weights and bias. */
+static cudaError_t upload_plain(const struct hstu_layer_weights *from, uint64_t rows,
+                                uint64_t columns, struct hstu_cuda_layer *to)
+{
+    cudaError_t e = upload(to->ln1_weight, from->ln1_weight, rows);
+    if (e == 0 && (e = upload(to->ln1_bias, from->ln1_bias, rows)) == 0 &&
+        (e = upload(to->uvqk, from->uvqk, rows * columns)) == 0)
+        e = upload(to->uvqk_bias, from->uvqk_bias, columns);
+    return e;
+}
+
+/* The same in one: UVQK's weights with the norm before it folded in, as struct hstu_uvqk_args says.
+ */
 static cudaError_t upload_folded(const struct hstu_layer_weights *from, uint64_t rows,
                                  uint64_t columns, struct hstu_cuda_layer *to)
 {
@@ -97,11 +112,7 @@ static cudaError_t upload_all(struct hstu_cuda *c)
     for (uint32_t l = 0; l < m->geometry.layers && e == cudaSuccess; l++) {
         struct hstu_cuda_layer *k = &w->layer[l];
         const struct hstu_layer_weights *f = &from->layer[l];
-        if ((e = upload(k->ln1_weight, f->ln1_weight, E)) == 0 &&
-            (e = upload(k->ln1_bias, f->ln1_bias, E)) == 0 &&
-            (e = c->fused ? upload_folded(f, E, 4 * HD, k)
-                          : upload(k->uvqk, f->uvqk, E * 4 * HD)) == 0 &&
-            (e = upload(k->uvqk_bias, f->uvqk_bias, 4 * HD)) == 0 &&
+        if ((e = c->fused ? upload_folded(f, E, 4 * HD, k) : upload_plain(f, E, 4 * HD, k)) == 0 &&
             (e = upload(k->ln2_weight, f->ln2_weight, HD)) == 0 &&
             (e = upload(k->ln2_bias, f->ln2_bias, HD)) == 0)
             e = upload(k->projection, f->projection, HD * E);

@@ -2,7 +2,7 @@
  * list, and the contract of an attention path. Plain C, so that the planner and its tests need no
  * GPU.
  *
- * The runner writes a batch into one pinned block (cuda_batch.c lays it out); the graph's first
+ * The runner writes a batch into one pinned block (cuda_batch.c); the graph's first
  * node, `pull`, copies it to the fixed device addresses of struct hstu_device_batch and embeds the
  * rows. A launch thus patches nothing.
  *
@@ -54,12 +54,9 @@ struct hstu_device_batch {
     const uint32_t *row_start;    /* [batch + 1] first query row of a sequence */
     const uint32_t *history;      /* [batch] h */
     const uint32_t *cached;       /* [batch] c */
-    const uint32_t *targets;      /* [batch] T */
     const uint32_t *page_start;   /* [batch + 1] into pages */
     const uint32_t *pages;        /* page ids, hstu_pages_listed() a sequence */
     const uint32_t *row_sequence; /* [rows] sequence of a row, UINT32_MAX for padding */
-    const uint32_t
-        *slot; /* [rows] page * S + slot where K and V of the row go, UINT32_MAX: nowhere */
     const uint8_t *slices; /* [rows] slices of the row to sum; 0: padding, or nobody wants it */
     const struct hstu_work *work;
     uint32_t work_room;           /* items that may be read there, whatever they hold */

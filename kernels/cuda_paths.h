@@ -8,8 +8,8 @@
  * (or any path's name) leaves only that one. NULL, and a log line, when there is none. */
 const struct hstu_attention_path *hstu_attention_choose(int major, int minor);
 
-/* Are norms, activation and gate parts of the two products (uvqk_sm90.cu, project_sm90.cu)? Beside
- * path sm90, unless HSTU_PRODUCTS=cublaslt. */
+/* Are a layer's first norm, activation and residual parts of the two products (uvqk_sm90.cu,
+ * project_sm90.cu)? Beside path sm90, unless HSTU_PRODUCTS=cublaslt. */
 bool hstu_products_fused(const struct hstu_attention_path *path);
 
 #endif

@@ -3,8 +3,8 @@
  * retains). One thread at a time.
  *
  * A launch writes the pinned block and starts one graph; nothing waits, nothing is allocated,
- * unless the size is new and must be captured. A wait polls an event. An error of the device is
- * final: every later call says SKV_EDEVICE. */
+ * unless the size is new and must be captured. A wait polls an event. What breaks the context is
+ * final: every later launch says SKV_EDEVICE too. */
 #include "cuda_state.h"
 
 #include <stdio.h>
@@ -20,23 +20,12 @@
 #define NAP_NS   20000
 #define ROW_MOST 65536u /* rows a launch; keeps every index in 32 bits and the size table small */
 
-int hstu_cuda_check(cudaError_t error, const char *what)
-{
-    if (error == cudaSuccess)
-        return SKV_OK;
-    skv_error("%s: %s", what, cudaGetErrorString(error));
-    cudaGetLastError(); /* an error that is not the context's own does not stick */
-    if (error == cudaErrorMemoryAllocation)
-        return SKV_ENOMEM;
-    if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver)
-        return SKV_ENODEVICE;
-    return SKV_EDEVICE;
-}
-
 static int options_check(const struct hstu_runner_options *o)
 {
     if (!o->weights || !o->device || hstu_model_check(&o->weights->model) != SKV_OK)
         return SKV_EINVAL;
+    if (o->max_rows > ROW_MOST)
+        skv_error("max_rows is %u: a launch on a GPU has %u rows at most", o->max_rows, ROW_MOST);
     if (o->max_rows == 0 || o->max_rows > ROW_MOST || o->max_batch == 0 ||
         o->max_batch > SKV_MAX_BATCH)
         return SKV_EINVAL;

@@ -8,14 +8,14 @@
 #ifndef HSTU_CUDA_STATE_H
 #define HSTU_CUDA_STATE_H
 
-#include <cuda_runtime_api.h>
-
+#include "cuda_check.h"
 #include "cuda_gemm.h"
 #include "cuda_kernels.h"
 #include "cuda_paths.h"
 #include "layers.h"
 
-/* One layer's weights on the device. Fused: the first norm and the bias are in uvqk and fold. */
+/* One layer's weights on the device. Fused: the first norm and the bias are in uvqk and fold, and
+ * not there by themselves; else there is no fold. */
 struct hstu_cuda_layer {
     void *ln1_weight, *ln1_bias, *uvqk, *uvqk_bias, *ln2_weight, *ln2_bias, *projection;
     struct hstu_fold *fold;
@@ -53,7 +53,7 @@ struct hstu_cuda_arena {
     struct hstu_moments *x_moments; /* [E / 64 at most][rows] */
     float *head;                    /* the head's scratch, in m's place */
     uint32_t *candidate_row;
-    float *inverse_norm; /* [rows] both */
+    float *inverse_norm; /* [rows] both; NULL where hstu_cuda_head_fused() */
     void *workspace;     /* cuBLASLt's, unless fused */
     uint64_t workspace_bytes;
 };
@@ -125,9 +125,6 @@ struct hstu_cuda {
     uint32_t rows;       /* query rows of it */
 };
 
-/* Translates and logs a CUDA error: 0, SKV_ENOMEM, SKV_ENODEVICE or SKV_EDEVICE. */
-int hstu_cuda_check(cudaError_t error, const char *what);
-
 /* Has the head kernels of its own on Hopper? */
 static inline bool hstu_cuda_head_fused(const struct hstu_cuda *c)
 {
@@ -165,8 +162,8 @@ int hstu_cuda_graph(struct hstu_cuda *c, uint32_t graph_rows, uint32_t instance,
 void hstu_cuda_graphs_close(struct hstu_cuda *c);
 
 /* cuda_waits.c */
-/* In a capture: the newest node is the first one of the layer that needs gate `layer` open. It goes
- * to behind[layer]; NULL: a pass without waits. */
+/* In a capture: before its newest node a wait for gate `layer` is to stand. The node goes to
+ * behind[layer]; `behind` NULL: a pass without waits. */
 int hstu_cuda_stands_behind(struct hstu_cuda *c, uint32_t layer, cudaGraphNode_t *behind);
 /* Adds a wait for every gate to the captured graph, before behind[layers]. SKV_EDEVICE. */
 int hstu_cuda_add_waits(struct hstu_cuda *c, cudaGraph_t graph, const cudaGraphNode_t *behind);

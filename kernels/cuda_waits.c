@@ -18,13 +18,14 @@ typedef CUresult add_node_fn(CUgraphNode *node, CUgraph graph, const CUgraphNode
 static void *driver_find(const char *name)
 {
     void *found = NULL;
-    enum cudaDriverEntryPointQueryResult result;
+    enum cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSuccess;
     cudaError_t e =
         cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
-    if (e == cudaSuccess && result == cudaDriverEntryPointSuccess && found)
-        return found;
-    skv_error("the driver has no %s (%d)", name, (int)result);
-    return NULL;
+    if (hstu_cuda_check(e, name) != SKV_OK)
+        return NULL;
+    if (result != cudaDriverEntryPointSuccess)
+        skv_error("the driver has no %s (%d)", name, (int)result);
+    return result == cudaDriverEntryPointSuccess ? found : NULL;
 }
 
 int hstu_cuda_stands_behind(struct hstu_cuda *c, uint32_t layer, cudaGraphNode_t *behind)

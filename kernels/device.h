@@ -109,8 +109,6 @@ void skv_pinned_free(struct skv_device *device, void *memory);
  * SKV_EINVAL (overlap, not mapped so). */
 int skv_host_register(struct skv_device *device, void *memory, uint64_t bytes, bool read_only);
 int skv_host_unregister(struct skv_device *device, void *memory);
-/* The device's address of a word in registered memory, for a graph's wait nodes. */
-int skv_device_address(struct skv_device *device, void *registered, void **out);
 
 /* ---- streams ---- */
 

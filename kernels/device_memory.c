@@ -310,14 +310,3 @@ int skv_host_unregister(struct skv_device *device, void *memory)
     skv_region_remove(device, SKV_SIDE_HOST, was.start);
     return status;
 }
-
-int skv_device_address(struct skv_device *device, void *registered, void **out)
-{
-    uintptr_t on_device;
-    if (!device || !registered || !out)
-        return SKV_EINVAL;
-    int status = skv_region_address(device, registered, sizeof(uint32_t), false, &on_device);
-    if (status == 0)
-        *out = (void *)on_device;
-    return status;
-}

@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda_check.h"
 #include "mma.cuh"
 
 namespace
@@ -146,5 +147,5 @@ int hstu_launch_product(enum hstu_product product, const struct hstu_product_arg
         product_kernel<HSTU_PRODUCT_HEAD><<<grid, THREADS, 0, s>>>(*args);
         break;
     }
-    return cudaGetLastError() == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+    return hstu_cuda_check(cudaGetLastError(), "launching a product on mma.sync");
 }

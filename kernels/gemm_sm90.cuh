@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 #include <math.h>
 
+#include "cuda_check.h"
 #include "mma.cuh"
 #include "sm90_ptx.cuh"
 #include "tensor_map.cuh"
@@ -427,10 +428,7 @@ int launch_tiles(void (*kernel)(Parameters), Parameters p, uint32_t sm_count, in
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (e == cudaSuccess)
         e = cudaLaunchKernelEx(&config, kernel, p);
-    if (e == cudaSuccess)
-        return SKV_OK;
-    skv_error("a product: %s", cudaGetErrorString(e));
-    return SKV_EDEVICE;
+    return hstu_cuda_check(e, "launching a product");
 }
 
 } // namespace

@@ -5,6 +5,7 @@
  * though the grid is the graph's. */
 #include "cuda_kernels.h"
 
+#include "cuda_check.h"
 #include "rows.cuh"
 
 namespace
@@ -82,5 +83,5 @@ int hstu_launch_head(const struct hstu_head_args *args, void *stream)
     if (status != SKV_OK)
         return status;
     score_kernel<<<blocks, WARPS * 32, 0, s>>>(*args);
-    return cudaGetLastError() == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+    return hstu_cuda_check(cudaGetLastError(), "launching the head");
 }

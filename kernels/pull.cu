@@ -15,6 +15,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda_check.h"
 #include "mma.cuh"
 
 namespace
@@ -171,5 +172,5 @@ int hstu_launch_pull(const struct hstu_pull_args *args, void *stream)
         return SKV_EINVAL; /* cannot be: so many rows are more than a launch may have */
     uint32_t blocks = COPY_BLOCKS + (args->rows + block_rows - 1) / block_rows;
     pull_kernel<<<blocks, THREADS, 0, (cudaStream_t)stream>>>(*args, block_rows);
-    return cudaGetLastError() == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+    return hstu_cuda_check(cudaGetLastError(), "launching pull");
 }

@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda_check.h"
 #include "mma.cuh"
 
 namespace
@@ -54,7 +55,7 @@ int launch(void (*kernel)(Args), uint32_t blocks, dim3 threads, const Args &args
                                          cudaSharedmemCarveoutMaxShared);
     if (e == cudaSuccess)
         e = cudaLaunchKernelEx(&config, kernel, args);
-    return e == cudaSuccess ? SKV_OK : SKV_EDEVICE;
+    return hstu_cuda_check(e, "launching a kernel of rows");
 }
 
 } // namespace

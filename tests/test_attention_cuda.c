@@ -93,10 +93,9 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
     const uint32_t planes = hstu_plan_slices(rows);
     struct hstu_counts counts = {0};
     uint32_t *pages = malloc(1 << 20), page_count = 0;
-    uint32_t *sequence = malloc(rows * 4), *slot = malloc(rows * 4);
+    uint32_t *sequence = malloc(rows * 4);
     uint8_t *slices = malloc(rows);
     memset(sequence, 0xff, rows * 4);
-    memset(slot, 0xff, rows * 4);
     uint32_t row = 0;
     for (uint32_t b = 0; b < bed->count; b++) {
         const struct hstu_sequence *s = &bed->sequences[b];
@@ -104,7 +103,6 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
         counts.layout.page_start[b] = page_count;
         counts.layout.history[b] = s->history;
         counts.layout.cached[b] = s->cached;
-        counts.targets[b] = s->targets;
         for (uint32_t i = 0; i < hstu_pages_listed(s, g->page_tokens); i++)
             pages[page_count++] = s->pages[i];
         for (uint32_t i = 0; i < rows_of(s); i++)
@@ -140,11 +138,9 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
         .batch = {.row_start = on_counts->layout.row_start,
                   .history = on_counts->layout.history,
                   .cached = on_counts->layout.cached,
-                  .targets = on_counts->targets,
                   .page_start = on_counts->layout.page_start,
                   .pages = on_device(pages, page_count * 4),
                   .row_sequence = on_device(sequence, rows * 4),
-                  .slot = on_device(slot, rows * 4),
                   .slices = on_device(slices, rows),
                   .work = on_device(work, counts.layout.work * sizeof *work),
                   .work_room = counts.layout.work,
@@ -179,13 +175,12 @@ static void bed_run(const struct bed *bed, const struct hstu_attention_path *pat
         }
     cudaFree((void *)args.batch.pages);
     cudaFree((void *)args.batch.row_sequence);
-    cudaFree((void *)args.batch.slot);
     cudaFree((void *)args.batch.slices);
     cudaFree((void *)args.batch.work);
     cudaFree((void *)args.units);
     cudaFree(args.partial);
     cudaFree(on_counts);
-    free(pages), free(slices), free(sequence), free(slot), free(work), free(partial);
+    free(pages), free(slices), free(sequence), free(work), free(partial);
 }
 
 /* R32 or R16 by the plain CUDA reference. */

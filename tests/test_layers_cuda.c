@@ -1,7 +1,8 @@
 /* Whole passes on CUDA against the reference, and the runner's own promises: what it appends, what
- * it refuses, graphs of several sizes in one arena, gates opened late. Each test that computes runs
- * with the device's own attention path and with HSTU_KERNELS=portable; one also without cuBLASLt.
- * Activations start as NaN (poisoned arena), free pages and slots past the valid ones hold NaN. */
+ * it refuses, graphs of several sizes in one arena, gates opened late. Most that compute run with
+ * the device's own attention path and with the portable one, all with the one that HSTU_KERNELS
+ * names, if it does; one also without cuBLASLt. Activations start as NaN (poisoned arena), free
+ * pages and slots past the valid ones hold NaN. */
 #include "cuda_bed.h"
 
 #include <stdio.h>
@@ -10,7 +11,7 @@
 #include "clock.h"
 #include "device.h"
 
-enum { MAX_SEQUENCES = 8, POOL_PAGES = 256, MAX_ROWS = 2560 };
+enum { MAX_SEQUENCES = 8, POOL_PAGES = 256, MAX_ROWS = 4608 };
 
 struct rig {
     struct hstu_model model;
@@ -40,15 +41,24 @@ static struct hstu_model small_model(uint32_t head_dim, uint32_t page_tokens)
         .eps = 1e-5f};
 }
 
-/* `kernels` NULL: the device's own path. */
+/* NULL: the path that HSTU_KERNELS named when the test began, or else the device's own. */
+static void choose_kernels(const char *kernels)
+{
+    static bool known;
+    static char named[32];
+    const char *name = getenv("HSTU_KERNELS");
+    if (!known)
+        snprintf(named, sizeof named, "%s", name ? name : "");
+    known = true;
+    name = kernels ? kernels : named;
+    *name ? setenv("HSTU_KERNELS", name, 1) : unsetenv("HSTU_KERNELS");
+}
+
 static struct rig *rig_open(struct hstu_model model, const char *kernels)
 {
     struct rig *r = calloc(1, sizeof *r);
     r->model = model;
-    if (kernels)
-        setenv("HSTU_KERNELS", kernels, 1);
-    else
-        unsetenv("HSTU_KERNELS");
+    choose_kernels(kernels);
     cr_assert_eq(hstu_weights_random(&model, 42, &r->weights), SKV_OK);
     cr_assert_eq(skv_device_open("cuda", &r->device), SKV_OK);
     CUDA(cudaSetDevice(skv_device_info(r->device)->ordinal));
@@ -232,7 +242,7 @@ static void check_pass(struct rig *r, const struct hstu_sequence *s, uint32_t co
     free(pool32), free(pool16), free(served_pool), free(kv);
 }
 
-static const char *const both[] = {"portable", NULL}; /* NULL: the device's own */
+static const char *const both[] = {"portable", NULL}; /* as choose_kernels() takes them */
 
 static void check_model(struct hstu_model model, const char *kernels)
 {
@@ -499,16 +509,17 @@ Test(layers_cuda, an_empty_batch_is_fine_and_a_wrong_one_is_refused)
 
 /* Layer by layer: the slices of the prefix arrive, whole, then the gate opens. What a layer appends
  * before that, to the last of those pages, would be lost. */
-static void check_gates(const char *kernels, bool by_stream)
+static void check_gates(const char *kernels, bool by_stream, uint32_t layers, uint32_t targets)
 {
     enum { ARRIVING = 4, PAGES = 5 };
     struct hstu_model model = small_model(64, 32);
-    model.geometry.layers = 3;
+    model.geometry.layers = layers;
     struct rig *r = rig_open(model, kernels);
     const struct skv_geometry *g = &r->model.geometry;
     const uint64_t slice = skv_slice_bytes(g), page = skv_page_bytes(g);
-    struct hstu_sequence s = sequence(r, 0, 150, 100, 10, true);
-    float open[30], late[30];
+    struct hstu_sequence s = sequence(r, 0, 150, 100, targets, true);
+    const size_t outputs = targets * model.head_out * sizeof(float);
+    float *open = malloc(outputs), *late = malloc(outputs);
     char *staged, *open_pages = malloc(PAGES * page), *late_pages = malloc(PAGES * page);
     struct skv_stream *stream;
     cudaStream_t copies;
@@ -542,7 +553,7 @@ static void check_gates(const char *kernels, bool by_stream)
             cr_assert_eq(hstu_backend_cuda.wait(r->runner, NULL, 20), SKV_ETIMEDOUT);
     }
     cr_assert_eq(hstu_backend_cuda.wait(r->runner, late, 10000), SKV_OK);
-    cr_expect_eq(memcmp(open, late, sizeof open), 0, "gated or not: the same bits");
+    cr_expect_eq(memcmp(open, late, outputs), 0, "gated or not: the same bits");
     for (uint32_t p = 0; p < PAGES; p++)
         CUDA(cudaMemcpy(late_pages + p * page, (char *)r->on_pool + s.pages[p] * page, page,
                         cudaMemcpyDeviceToHost));
@@ -550,26 +561,42 @@ static void check_gates(const char *kernels, bool by_stream)
     /* Gates that stay open: again, at once. */
     cr_assert_eq(hstu_backend_cuda.launch(r->runner, &s, 1, true), SKV_OK);
     cr_assert_eq(hstu_backend_cuda.wait(r->runner, late, 10000), SKV_OK);
-    cr_expect_eq(memcmp(open, late, sizeof open), 0);
+    cr_expect_eq(memcmp(open, late, outputs), 0);
     skv_stream_close(stream);
     CUDA(cudaStreamDestroy(copies));
     CUDA(cudaFreeHost(staged));
-    free(open_pages), free(late_pages);
+    free(open), free(late), free(open_pages), free(late_pages);
     rig_close(r);
 }
 
 Test(layers_cuda, a_gated_pass_waits_for_gates_opened_by_a_plain_store)
 {
     NEED_GPU();
-    check_gates(NULL, false);
-    check_gates("portable", false);
+    for (int k = 0; k < 2; k++)
+        check_gates(both[k], false, 3, 10);
 }
 
 Test(layers_cuda, a_gated_pass_waits_for_gates_opened_by_a_stream_write)
 {
     NEED_GPU();
-    check_gates(NULL, true);
-    check_gates("portable", true);
+    for (int k = 0; k < 2; k++)
+        check_gates(both[k], true, 3, 10);
+}
+
+/* Where the waits stand depends on these. */
+Test(layers_cuda, a_gated_pass_waits_with_few_layers_and_many_and_with_many_rows)
+{
+    NEED_GPU();
+    for (uint32_t layers = 1; layers <= 5; layers += 2)
+        for (uint32_t targets = 10; targets <= 4400; targets += 4390)
+            check_gates(NULL, false, layers, targets);
+}
+
+Test(layers_cuda, a_gated_pass_waits_with_products_by_cublaslt)
+{
+    NEED_GPU();
+    setenv("HSTU_PRODUCTS", "cublaslt", 1);
+    check_gates(NULL, false, 3, 10);
 }
 
 Test(layers_cuda, a_gated_pass_whose_gates_are_open_has_no_graph_of_its_own)
@@ -764,7 +791,7 @@ Test(layers_cuda, large_passes_equal_the_reference, .timeout = 300)
                                               .max_rows = 8 * 4352,
                                               .max_batch = 8};
         void *state;
-        both[k] ? setenv("HSTU_KERNELS", both[k], 1) : unsetenv("HSTU_KERNELS");
+        choose_kernels(both[k]);
         cr_assert_eq(hstu_backend_cuda.open(&options, &state), SKV_OK);
         runner[k] = state;
         cr_assert_eq(hstu_cuda_poison(runner[k]), SKV_OK);
