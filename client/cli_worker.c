@@ -73,7 +73,7 @@ static int open_session(struct worker *w)
                                   .rows = 1};
     for (int tries = 1;; tries++) {
         int rc = skv_open(&options, &w->skv);
-        bool passes = rc == SKV_ELOST || rc == SKV_EAGAIN || rc == SKV_EBUSY || rc == SKV_ETIMEDOUT;
+        bool passes = rc == SKV_ELOST || rc == SKV_EAGAIN || rc == SKV_EFULL || rc == SKV_ETIMEDOUT;
         if (!passes || tries == CONNECT_TRIES)
             return rc;
         poll(NULL, 0, 1000);
@@ -249,7 +249,7 @@ static int reconnect(struct worker *w, struct work_done *done)
     w->lost_before = rc != 0;
     w->retry_ns = skv_now_ns() + RECONNECT_PAUSE_NS;
     if (rc)
-        return rc == SKV_EAGAIN || rc == SKV_EBUSY || rc == SKV_ETIMEDOUT ? SKV_ELOST : rc;
+        return rc == SKV_EAGAIN || rc == SKV_EFULL || rc == SKV_ETIMEDOUT ? SKV_ELOST : rc;
     done->reconnects++;
     if (skv_pool_base(w->skv) == w->pool_base && skv_pool_append_base(w->skv) == w->append_base &&
         skv_pool_pages(w->skv) == w->pool_pages)

@@ -7,6 +7,10 @@
 static int call_user(struct skv *skv, enum wire_opcode opcode, struct skv_id model,
                      struct skv_id user, uint64_t argument, struct wire_cqe *cqe)
 {
+    /* The daemon would take these for a broken session, and end it. */
+    if (argument > SKV_MAX_TOKENS ||
+        (!skv->options.admin && !skv_id_is_zero(model) && !skv_id_equal(model, skv->options.model)))
+        return SKV_EINVAL;
     struct wire_sqe sqe = {
         .opcode = (uint8_t)opcode, .model = model, .user = user, .argument = argument};
     return skv_call_again(skv, &sqe, skv_deadline(skv), cqe);
@@ -102,5 +106,7 @@ int skv_restart(struct skv *skv)
 {
     struct wire_sqe sqe = {.opcode = WIRE_RESTART};
     struct wire_cqe cqe;
+    if (!skv->options.admin)
+        return SKV_EINVAL;
     return skv_call(skv, &sqe, skv_deadline(skv), &cqe);
 }

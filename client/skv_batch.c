@@ -209,11 +209,11 @@ static void forget_leases(struct skv_batch *batch)
     }
 }
 
-/* The caller ends a batch of a lost session, so its pass has completed: the row holds nothing back
- * any more. Returns `status`. */
+/* The caller ends a batch of a lost session, or of one that is lost by that, so its pass has
+ * completed: the row holds nothing back any more. Returns `status`. */
 static int end_lost(struct skv *skv, const struct skv_batch *batch, int status)
 {
-    if (status == SKV_ELOST && batch_current(skv, batch) == SKV_OK)
+    if (skv_lost(skv) && batch_current(skv, batch) == SKV_OK)
         skv->rows[batch->row] = (struct skv_row){0};
     return status;
 }
@@ -350,7 +350,8 @@ int skv_batch_status(const struct skv *skv, const struct skv_batch *batch)
 
 int skv_prefetch(struct skv *skv, const struct skv_request *request)
 {
-    int status = skv_session_ready(skv, skv_deadline(skv));
+    uint64_t deadline = skv_deadline(skv);
+    int status = skv_session_ready(skv, deadline);
     if (status)
         return status;
     if (!request || !request_valid(request) || skv->options.admin)
@@ -363,5 +364,5 @@ int skv_prefetch(struct skv *skv, const struct skv_request *request)
     write_request(skv, skv_slot(skv, row), 0, request, 0);
     struct wire_sqe sqe = {.opcode = WIRE_PREFETCH, .row = (uint16_t)row, .count = 1};
     struct wire_cqe cqe;
-    return skv_call(skv, &sqe, skv_deadline(skv), &cqe);
+    return skv_call(skv, &sqe, deadline, &cqe);
 }

@@ -104,8 +104,10 @@ static void adapt_spin(struct skv *skv, uint64_t waited_ns)
 static int await(struct skv *skv, uint64_t user_data, uint64_t deadline_ns, struct wire_cqe *cqe)
 {
     uint64_t start = skv_now_ns();
-    if (skv->spin_ns)
-        spin(skv, start + skv->spin_ns);
+    if (skv->spin_ns) {
+        uint64_t until = start + skv->spin_ns;
+        spin(skv, until < deadline_ns ? until : deadline_ns);
+    }
     for (bool slept = false;; slept = true) {
         /* `lost` first, then the ring: a completion published before the loss still counts. */
         bool lost = skv_lost(skv);

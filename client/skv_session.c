@@ -382,10 +382,10 @@ void skv_close(struct skv *skv)
     free(skv);
 }
 
-/* Worth another try? Nobody there yet, not ready yet, or too slow this time. */
+/* Worth another try? Nobody there yet, not ready yet, no session free, or too slow this time. */
 static bool may_pass(int status)
 {
-    return status == SKV_ELOST || status == SKV_EAGAIN || status == SKV_EBUSY ||
+    return status == SKV_ELOST || status == SKV_EAGAIN || status == SKV_EFULL ||
            status == SKV_ETIMEDOUT;
 }
 

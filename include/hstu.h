@@ -87,12 +87,12 @@ struct hstu_runner_options {
         *pool_base; /* device address of page 0, or NULL: sequences must have c = 0 and no append */
     void *pool_append_base; /* where new K and V are written: skv_pool_append_base(); NULL:
                                pool_base */
-    uint64_t pool_pages;
-    uint32_t max_rows;  /* query rows a launch, at least the longest history + candidates; CUDA:
-                           at most 65,536 */
-    uint32_t max_batch; /* sequences a launch, at most SKV_MAX_BATCH */
-    uint32_t *gate_row; /* of this runner's row, from skv_gate_row(); NULL: never gated */
-    uint32_t threads;   /* host only: CPU threads, the waiting one included; 0: 1 */
+    uint64_t pool_pages;    /* 0 with pool_base NULL */
+    uint32_t max_rows;      /* query rows a launch, at least the longest history + candidates; CUDA:
+                               at most 65,536 */
+    uint32_t max_batch;     /* sequences a launch, at most SKV_MAX_BATCH */
+    uint32_t *gate_row;     /* of this runner's row, from skv_gate_row(); NULL: never gated */
+    uint32_t threads;       /* host only: CPU threads, the waiting one included; 0: 1 */
 };
 
 /* Takes the arena, uploads the weights. Graphs are captured when first needed. SKV_ENOMEM,
@@ -102,13 +102,15 @@ void hstu_runner_close(struct hstu_runner *runner);
 
 /* Starts one pass over `count` sequences. `gated`: wait for gate l before layer l touches pages.
  * The arrays may be reused once it returns. One pass at a time: follow with hstu_runner_wait().
- * SKV_EINVAL: more rows than max_rows, or a page outside the pool; nothing was launched then. */
+ * SKV_EINVAL: more rows than max_rows, or a page outside the pool; SKV_EBUSY: a pass runs. Nothing
+ * was launched then. */
 int hstu_runner_launch(struct hstu_runner *runner, const struct hstu_sequence *sequences,
                        uint32_t count, bool gated);
 
 /* Waits for the pass. logits: [sum of T][head_out], before the sigmoid, in sequence order; NULL to
  * drop them. On the host the caller computes meanwhile, as one of the runner's threads.
- * SKV_ETIMEDOUT: still running (call again); SKV_EDEVICE: the context is lost. */
+ * SKV_ETIMEDOUT: still running (call again); SKV_EINVAL: none runs; SKV_EDEVICE: the context is
+ * lost. */
 int hstu_runner_wait(struct hstu_runner *runner, float *logits, uint32_t timeout_ms);
 
 /* Like launch + wait, and also gives the block's output rows x_L [sum q][E] as fp32, for tests:

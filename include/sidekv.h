@@ -283,21 +283,25 @@ struct skv_user_info {
 };
 
 int skv_ping(struct skv *skv, uint64_t *round_trip_ns);
+/* The next four return SKV_ENOENT for a user that is not there, SKV_EINVAL for a worker that names
+ * another model than its own. */
 int skv_lookup(struct skv *skv, struct skv_id model, struct skv_id user,
-               struct skv_user_info *info); /* SKV_ENOENT */
+               struct skv_user_info *info);
 /* The next three may return SKV_EAGAIN, and then nothing was done: after a hot restart, while the
- * daemon awaits its store (store_awaited in the stats). */
+ * daemon awaits its store (store_awaited in the stats). These and skv_flush() return the store's
+ * error, SKV_ENOSPC or SKV_EIO, while it refuses what they have to write; it is tried again. */
 int skv_evict(struct skv *skv, struct skv_id model,
               struct skv_id user); /* pool pages only; stores them first; SKV_EBUSY */
 int skv_forget(struct skv *skv, struct skv_id model,
                struct skv_id user); /* everywhere; returns when it is durable */
 int skv_truncate(struct skv *skv, struct skv_id model, struct skv_id user,
-                 uint32_t tokens); /* keep this many */
+                 uint32_t tokens); /* keep this many, SKV_MAX_TOKENS at most */
 int skv_flush(struct skv *skv); /* returns when everything committed before it is stored; may take
                                    long: no deadline but the daemon's life */
 
 /* Admin: asks the daemon to end and its keeper to start it anew, the pool staying as it is. Returns
- * when it is accepted; the session is lost soon after. SKV_ENOTSUP: no keeper runs. */
+ * when it is accepted; the session is lost soon after. SKV_ENOTSUP: no keeper runs. SKV_EINVAL:
+ * this session is a worker's. */
 int skv_restart(struct skv *skv);
 
 /* Up to `capacity` users from *cursor on (0 starts); *cursor is 0 after the last. Returns how many,

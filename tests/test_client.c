@@ -390,7 +390,7 @@ static void serve_admin(struct fake *f)
 {
     fake_handshake(f);
     struct wire_sqe sqe = fake_take(f, WIRE_LOOKUP);
-    FAKE_CHECK(sqe.user.lo == 5 && sqe.model.hi == 9);
+    FAKE_CHECK(sqe.user.lo == 5 && skv_id_equal(sqe.model, fake_model));
     fake_complete(f, (struct wire_cqe){.user_data = sqe.user_data,
                                        .value = {3, 100 | UINT64_C(64) << 32,
                                                  96 | UINT64_C(2) << 32, 1234567, 7, 8}});
@@ -445,7 +445,7 @@ Test(client, answers_are_unpacked)
     make_requests();
     open_with(serve_admin, FAKE_PATIENCE_MS, 0);
     struct skv_user_info info, infos[10];
-    struct skv_id model = {.hi = 9};
+    struct skv_id model = fake_model;
     cr_assert_eq(skv_lookup(skv, model, skv_user_integer(5), &info), 0);
     cr_expect(info.generation == 3 && info.committed == 100 && info.resident == 64);
     cr_expect(info.stored == 96 && info.leases == 2 && info.last_use_s == 1234567);

@@ -451,6 +451,33 @@ Test(client_link, a_right_handshake_maps_pool_and_gates)
     cr_assert_eq(fake_end(&fake), 0);
 }
 
+/* Who asks for what the daemon would end the session for, still has it. */
+static void serve_a_ping(struct fake *f)
+{
+    fake_handshake(f);
+    struct wire_sqe sqe = fake_take(f, WIRE_NOP);
+    fake_answer(f, &sqe, 0);
+    fake_await_hang_up(f);
+}
+
+Test(client_link, wrong_arguments_cost_no_session)
+{
+    struct skv_options options = fake_options(&fake);
+    struct skv *skv = NULL;
+    const struct skv_id other = {.lo = 5, .hi = 6}, user = skv_user_integer(1);
+    fake_start(&fake, serve_a_ping);
+    cr_assert_eq(skv_open(&options, &skv), 0);
+    cr_expect_eq(skv_truncate(skv, fake_model, user, SKV_MAX_TOKENS + 1), SKV_EINVAL);
+    cr_expect_eq(skv_truncate(skv, other, user, 1), SKV_EINVAL);
+    cr_expect_eq(skv_lookup(skv, other, user, NULL), SKV_EINVAL);
+    cr_expect_eq(skv_evict(skv, other, user), SKV_EINVAL);
+    cr_expect_eq(skv_forget(skv, other, user), SKV_EINVAL);
+    cr_expect_eq(skv_restart(skv), SKV_EINVAL, "a worker's session");
+    cr_expect_eq(skv_ping(skv, NULL), 0);
+    skv_close(skv);
+    cr_assert_eq(fake_end(&fake), 0);
+}
+
 Test(client_link, an_admin_has_neither_pool_nor_gates)
 {
     struct skv_options options = fake_options(&fake);

@@ -218,6 +218,10 @@ static void serve_after_a_while(struct fake *f)
         (struct wire_welcome){.magic = WIRE_MAGIC, .version = WIRE_VERSION, .status = SKV_EAGAIN};
     fake_send(f, &f->welcome, sizeof f->welcome, NULL, 0);
     close(f->socket);
+    fake_accept(f); /* all others have come back sooner */
+    f->welcome.status = SKV_EFULL;
+    fake_send(f, &f->welcome, sizeof f->welcome, NULL, 0);
+    close(f->socket);
     fake_handshake(f);
     memset(skv_pool_address(f->pool), 0x5a, 4096);
     struct wire_sqe sqe = fake_take(f, WIRE_NOP);
@@ -262,6 +266,49 @@ Test(client_lost, a_reconnect_keeps_every_address)
     cr_expect_eq(*(uint8_t *)skv_pool_base(skv), 0x5a, "the new pool");
     cr_expect_eq(skv_acquire(skv, 0, &one, 1, &batch), 0);
     close_and_end();
+}
+
+/* As kept by a keeper: who loses it waits for the next one. */
+static void serve_silent_end(struct fake *f)
+{
+    fake_accept(f);
+    fake_prepare(f);
+    f->welcome.pool_id = 1;
+    fake_send_welcome(f);
+    fake_send_extents(f);
+    serve_acquire(f, false);
+    fake_take(f, *(const enum wire_opcode *)f->argument);
+    fake_await_hang_up(f);
+}
+
+static void serve_a_ping(struct fake *f)
+{
+    fake_handshake(f);
+    struct wire_sqe sqe = fake_take(f, WIRE_NOP);
+    fake_answer(f, &sqe, 0);
+    fake_await_hang_up(f);
+}
+
+Test(client_lost, a_batch_whose_end_is_not_answered_is_over_and_the_session_comes_back)
+{
+    static const enum wire_opcode ends[] = {WIRE_RELEASE, WIRE_COMMIT};
+    for (int i = 0; i < 2; i++) {
+        struct skv_options options = fake_options(&fake);
+        options.timeout_ms = 3000;
+        fake.argument = &ends[i];
+        fake_start(&fake, serve_silent_end);
+        cr_assert_eq(skv_open(&options, &skv), 0);
+        struct skv_request one = request(1);
+        struct skv_batch batch;
+        cr_assert_eq(skv_acquire(skv, 0, &one, 1, &batch), 0);
+        int status =
+            ends[i] == WIRE_COMMIT ? skv_commit(skv, &batch, NULL) : skv_release(skv, &batch);
+        cr_assert_eq(status, SKV_ETIMEDOUT);
+        cr_assert_eq(fake_end(&fake), 0);
+        fake_start(&fake, serve_a_ping);
+        cr_expect_eq(skv_ping(skv, NULL), 0, "a batch is open still");
+        close_and_end();
+    }
 }
 
 static void serve_larger_pool(struct fake *f)
