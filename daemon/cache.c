@@ -288,7 +288,7 @@ static void table_write(struct skv_cache *cache, uint32_t page, struct wire_desc
     next->check = (uint32_t)skv_checksum(next, offsetof(struct wire_descriptor, check));
     entry->slot[sequence & 1] = *next;
     skv_failpoint(FAIL_table_torn);
-    /* Readers in other processes take the sequence with acquire, then check the checksum. */
+    /* A daemon that comes after this one takes the sequence, then checks the checksum. */
     __atomic_store_n(&entry->sequence, sequence, __ATOMIC_RELEASE);
 }
 

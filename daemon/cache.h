@@ -76,8 +76,8 @@ bool skv_cache_restored(struct skv_cache *cache, uint32_t limit);
 enum skv_action_kind {
     SKV_ACTION_ONBOARD, /* job: struct skv_onboard, for skv_mover_onboard() */
     SKV_ACTION_CANCEL,  /* id, status: for skv_mover_cancel() */
-    SKV_ACTION_CHANGE,  /* job: struct skv_change, for skv_mover_change(); the core frees it at its
-                           event */
+    SKV_ACTION_CHANGE,  /* job: struct skv_change, for skv_mover_change(); whoever takes its last
+                           event frees it */
     SKV_ACTION_FENCE,   /* session: end it; it held an append lease too long */
     SKV_ACTION_ROW,     /* session, row: no copy of its batch is in flight any more */
     SKV_ACTION_VIEWS,   /* session: its list of extents has changed */

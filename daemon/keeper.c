@@ -481,6 +481,7 @@ int main(int argc, char **argv)
     sigprocmask(SIG_BLOCK, &signals, NULL);
     signal(SIGCHLD, SIG_DFL); /* whoever started us may have it ignored: nobody would be reaped */
     signal(SIGHUP, SIG_IGN);  /* a terminal that closes does not end the cache */
+    signal(SIGPIPE, SIG_IGN); /* nor does a log that nobody reads any more */
     signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
     if (signal_fd < 0) {
         skv_error("signalfd: %s", strerror(errno));

@@ -98,11 +98,16 @@ void skv_mover_cancel(struct skv_mover *mover, uint64_t id, int32_t status)
     command(mover, &(struct skv_message){.kind = COMMAND_CANCEL, .status = status, .id = id});
 }
 
-uint32_t skv_mover_offload_pages(const struct skv_mover *mover)
+uint32_t skv_mover_offload_staged(const struct skv_mover *mover)
 {
     /* Acquire: the writer is done with the slots. Pairs with its release. */
     uint64_t freed = atomic_load_explicit(&mover->out_freed, memory_order_acquire);
-    return mover->out_slots - (uint32_t)(mover->out_taken - freed);
+    return (uint32_t)(mover->out_taken - freed);
+}
+
+uint32_t skv_mover_offload_pages(const struct skv_mover *mover)
+{
+    return mover->out_slots - skv_mover_offload_staged(mover);
 }
 
 bool skv_mover_offload(struct skv_mover *mover, struct skv_offload *job)

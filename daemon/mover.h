@@ -117,11 +117,12 @@ enum skv_mover_event_kind {
     SKV_MOVER_COPIED,    /* job: skv_offload; its pages have been read */
     SKV_MOVER_STORED,    /* job: skv_offload, last event; status: 0, SKV_ENOSPC, SKV_EIO, SKV_ESTALE
                             (dropped) */
-    SKV_MOVER_CHANGED, /* job: skv_change; status 0: last event. Else it is owed: nothing that came
-                          later is stored before it, it is tried again with each of those, and
-                          answered again when it is done */
-    SKV_MOVER_FOUND,   /* job: skv_lookup_job, last event; status 0 or SKV_ENOENT, SKV_EIO */
-    SKV_MOVER_BROKEN,  /* the device failed: the daemon must exit */
+    SKV_MOVER_CHANGED,   /* job: skv_change; status 0, or of a SYNC: last event. Else it is owed:
+                            nothing that came later is stored before it, it is tried again with each
+                            of those, and answered again when it is done */
+    SKV_MOVER_FOUND,     /* job: skv_lookup_job, last event; status 0 or SKV_ENOENT, SKV_ECORRUPT,
+                            SKV_EIO */
+    SKV_MOVER_BROKEN,    /* the device failed: the daemon must exit */
 };
 
 struct skv_mover_event {
@@ -145,7 +146,8 @@ void skv_mover_cancel(struct skv_mover *mover, uint64_t id, int32_t status);
 /* false: no staging free for its move_count pages now (or it is larger than staging ever is: at
  * most skv_mover_offload_pages()). */
 bool skv_mover_offload(struct skv_mover *mover, struct skv_offload *job);
-uint32_t skv_mover_offload_pages(const struct skv_mover *mover); /* free in staging now */
+uint32_t skv_mover_offload_pages(const struct skv_mover *mover);  /* free in staging now */
+uint32_t skv_mover_offload_staged(const struct skv_mover *mover); /* in it, not stored yet */
 void skv_mover_change(struct skv_mover *mover, struct skv_change *job);
 void skv_mover_lookup(struct skv_mover *mover, struct skv_lookup_job *job);
 

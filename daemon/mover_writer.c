@@ -101,7 +101,7 @@ static void write_changes(struct skv_mover *mover)
     for (uint32_t i = 0; i < count; i++) {
         if (!together && !mover->writer.owed)
             status = change_all(mover, &changes[i], 1);
-        if (status)
+        if (status && changes[i]->kind != SKV_CHANGE_SYNC)
             owe(mover, changes[i]);
         answer(mover, SKV_MOVER_CHANGED, changes[i], status);
     }

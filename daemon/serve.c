@@ -15,12 +15,13 @@
 #include "log.h"
 #include "notify.h"
 
-#define ENTRIES_A_TURN  16u                  /* of one session: 64 workers get fair turns */
-#define PAGES_A_JOB     32u                  /* of an offload: its record moves forward as often */
-#define STORE_CHECK_NS  UINT64_C(100000000)  /* how often watermarks are looked at */
-#define STORE_RETRY_NS  UINT64_C(1000000000) /* how often a refused store is tried again */
-#define STORE_EVICTIONS 8u                   /* under way at one time */
-#define IDLE_NS         UINT64_C(1000000000) /* the longest sleep */
+#define ENTRIES_A_TURN   16u                  /* of one session: 64 workers get fair turns */
+#define PAGES_A_JOB      32u                  /* of an offload: its record moves forward as often */
+#define STORE_CHECK_NS   UINT64_C(100000000)  /* how often watermarks are looked at */
+#define STORE_RETRY_NS   UINT64_C(1000000000) /* how often a refused store is tried again */
+#define STORE_EVICTIONS  8u                   /* under way at one time */
+#define STORE_PAGE_SLACK 8192u                /* of a stored page, beside its bytes: at most */
+#define IDLE_NS          UINT64_C(1000000000) /* the longest sleep */
 
 static struct peer *peer_of(struct daemon *daemon, uint32_t slot)
 {
@@ -97,8 +98,12 @@ static void changed(struct daemon *daemon, struct skv_change *change, int32_t st
     if (!status)
         skv_cache_changed(daemon->cache, change);
     skv_commands_changed(daemon, change->id, status);
-    stored(daemon, status);
-    if (status && !change->refused) {
+    /* A removal that went well does not say that a page would. */
+    if (status || change->kind == SKV_CHANGE_SYNC)
+        stored(daemon, status);
+    if (status && change->kind == SKV_CHANGE_SYNC) {
+        free(change); /* it asked, no more */
+    } else if (status && !change->refused) {
         change->refused = true; /* it stays the mover's: that tries again */
         daemon->owed++;
     } else if (!status) {
@@ -208,12 +213,26 @@ static void probe(struct daemon *daemon)
     skv_mover_change(daemon->mover, change);
 }
 
-/* Hands out what is due for the store while the mover has staging. */
+/* Do more pages fit below the mark where the store refuses puts, with all that is under way to it?
+ * With nothing under way it shall say so itself. */
+static bool store_has_room(const struct daemon *daemon)
+{
+    const uint64_t page_bytes = skv_page_bytes(&daemon->options.geometry) + STORE_PAGE_SLACK;
+    const uint64_t staged = skv_mover_offload_staged(daemon->mover);
+    uint64_t used, limit;
+    if (!staged && !daemon->evictions)
+        return true;
+    skv_store_usage(daemon->store, &used, &limit);
+    return used + (staged + PAGES_A_JOB) * page_bytes < limit / 100 * SKV_STORE_FULL_PERCENT;
+}
+
+/* Hands out what is due for the store while the mover has staging and the store room. */
 static void offload(struct daemon *daemon)
 {
     if (daemon->offload_stopped && daemon->offload_probes)
         probe(daemon);
-    while (!daemon->offload_stopped && daemon->store && offload_one(daemon))
+    while (!daemon->offload_stopped && daemon->store && store_has_room(daemon) &&
+           offload_one(daemon))
         ;
 }
 
@@ -231,33 +250,32 @@ static void change_generation(struct daemon *daemon)
     skv_mover_change(daemon->mover, change);
 }
 
-/* Watermarks: evict users from the store from 90 % on, refuse puts from 97 % on. */
+/* Watermarks: evict users from the store from 90 % on, as fast as it forgets them; wait for that
+ * from 97 % on. (It refuses puts by itself from there on too.) */
 static void look_after_store(struct daemon *daemon)
 {
-    if (!daemon->store || daemon->arrival ||
-        daemon->now_ns - daemon->store_checked_ns < STORE_CHECK_NS)
+    if (!daemon->store || daemon->arrival)
         return;
     uint64_t used, limit;
     skv_store_usage(daemon->store, &used, &limit);
-    if (daemon->offload_stopped && used < limit / 100 * 97 &&
-        daemon->now_ns - daemon->store_checked_ns >= STORE_RETRY_NS) {
-        daemon->offload_probes = true;
-        daemon->store_checked_ns = daemon->now_ns;
-    } else if (!daemon->offload_stopped) {
-        daemon->store_checked_ns = daemon->now_ns;
+    if (used >= limit / 100 * 90) {
+        while (daemon->evictions < STORE_EVICTIONS && skv_cache_evict_stored(daemon->cache))
+            daemon->evictions++;
+        if (skv_cache_starved(daemon->cache))
+            stop_offload(daemon, SKV_ENOMEM);
+        skv_drain_actions(daemon);
     }
-    if (used >= limit / 100 * 97 && !daemon->offload_stopped) {
-        skv_warn("the store is 97 %% full: offload waits for evictions");
+    if (daemon->now_ns - daemon->store_checked_ns <
+        (daemon->offload_stopped ? STORE_RETRY_NS : STORE_CHECK_NS))
+        return;
+    daemon->store_checked_ns = daemon->now_ns;
+    if (daemon->offload_stopped) {
+        daemon->offload_probes = true;
+    } else if (used >= limit / 100 * SKV_STORE_FULL_PERCENT) {
+        skv_warn("the store is %u %% full: offload waits for evictions", SKV_STORE_FULL_PERCENT);
         daemon->offload_stopped = true;
         daemon->offload_status = SKV_ENOSPC;
     }
-    if (used < limit / 100 * 90)
-        return;
-    while (daemon->evictions < STORE_EVICTIONS && skv_cache_evict_stored(daemon->cache))
-        daemon->evictions++;
-    if (skv_cache_starved(daemon->cache))
-        stop_offload(daemon, SKV_ENOMEM);
-    skv_drain_actions(daemon);
 }
 
 /* ---- the turn ---- */

@@ -158,8 +158,8 @@ enum wire_opcode {
     WIRE_EVICT,
     /* As TRUNCATE to 0: the user is gone everywhere. */
     WIRE_FORGET,
-    /* Anyone. Completes when everything committed before it is stored, or with SKV_ENOSPC or
-       SKV_EIO while the store refuses. */
+    /* Anyone. Completes when everything committed before it is stored, or with SKV_ENOSPC,
+       SKV_EIO or SKV_ENOMEM while it cannot be. */
     WIRE_FLUSH,
     /* Anyone. argument: cursor, count: at most WIRE_LIST_USERS. Fills struct skv_user_info[] in
      * scratch; completion's count says how many, value[0] is the next cursor, 0 at the end. A

@@ -74,7 +74,7 @@ static bool is_full(struct skv_store *store)
     if (full && !store->full_said)
         skv_warn("store: full: %.2f of %.2f GiB in use; puts are refused until users are evicted",
                  (double)used / (1u << 30), (double)store->map_bytes / (1u << 30));
-    store->full_said = full;
+    store->full_said |= full;
     return full;
 }
 
@@ -247,6 +247,7 @@ int skv_store_commit(struct skv_store *store)
             store->broken = true;
         return fail_lmdb(store, "committing", disk_full(store, rc));
     }
+    store->full_said &= store->dirty_bytes == 0;
     skv_store_publish(store, usage);
     return 0;
 }

@@ -218,8 +218,8 @@ static int open_file(struct skv_store *store, const char *path)
     if (fd < 0 || fstat(fd, &st) < 0 ||
         ((uint64_t)st.st_size < store->map_bytes && ftruncate(fd, (off_t)store->map_bytes) < 0)) {
         int error = errno;
-        skv_error("store: %s: cannot extend it to %.1f GiB: %s", file,
-                  (double)store->map_bytes / (1u << 30), strerror(error));
+        skv_error("store: %s: cannot extend it to %.1f GiB: %s: make room, or lower --store-bytes",
+                  file, (double)store->map_bytes / (1u << 30), strerror(error));
         if (fd >= 0)
             close(fd);
         return skv_errno_status(error);
@@ -414,7 +414,7 @@ int skv_store_claim(struct skv_store *store)
 int skv_store_open_claimed(struct skv_store *store, const struct skv_store_options *options)
 {
     if (options->map_bytes < MIN_MAP_BYTES) {
-        skv_error("store: needs a map of at least 64 MiB");
+        skv_error("store: needs a map of at least 64 MiB (--store-bytes)");
         return SKV_EINVAL;
     }
     store->durability = options->durability;

@@ -62,7 +62,7 @@ struct skv_store {
     int failed;           /* status of the transaction that was aborted for it; 0: none */
     uint64_t tree_bytes;  /* of everything but `pages`, at begin */
     uint64_t dirty_bytes; /* put in this transaction: what a commit will write, roughly */
-    bool full_said;       /* "full" is logged once until a put succeeds */
+    bool full_said;       /* "full" is logged once until a put is committed */
 
     /* written by the writer at commit, read by any thread; each stands alone, so relaxed */
     _Atomic uint64_t used, high_water;
