@@ -75,7 +75,8 @@ static int open_notify(const struct replay_daemon *daemon, struct sockaddr_un *a
 static void exec_daemon(const struct replay_daemon_options *options, struct replay_daemon *daemon,
                         const char *notify)
 {
-    char beside[PATH_MAX + sizeof "sidekvd"], store[128];
+    static const char *const places[] = {"sidekvd", "../sbin/sidekvd"}; /* as built; as installed */
+    char path[PATH_MAX + sizeof "../sbin/sidekvd"], store[128];
     char *argv[16], **next = argv;
     snprintf(store, sizeof store, "%s/store", daemon->directory);
     const char *pairs[][2] = {
@@ -95,14 +96,18 @@ static void exec_daemon(const struct replay_daemon_options *options, struct repl
     setenv("NOTIFY_SOCKET", notify, 1);
     setenv("SIDEKV_LOG", "warn", 0);
 
-    ssize_t length = readlink("/proc/self/exe", beside, PATH_MAX - 1);
+    ssize_t length = readlink("/proc/self/exe", path, PATH_MAX - 1);
     if (length > 0) {
-        beside[length] = 0;
-        strcpy(strrchr(beside, '/') + 1, "sidekvd");
-        execv(beside, argv);
+        path[length] = 0;
+        char *name = strrchr(path, '/') + 1;
+        for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+            strcpy(name, places[i]);
+            execv(path, argv);
+        }
     }
     execvp("sidekvd", argv);
-    skv_error("sidekvd: neither beside this program nor in PATH: %s", strerror(errno));
+    skv_error("sidekvd: neither beside this program, nor in ../sbin from there, nor in PATH: %s",
+              strerror(errno));
     _exit(127);
 }
 
@@ -119,10 +124,10 @@ static int wait_ready(struct replay_daemon *daemon, int notify)
             return 0;
         if (replay_wait(daemon->pid, 1, &status)) {
             daemon->pid = 0;
-            bool missing = WIFEXITED(status) && WEXITSTATUS(status) == 127;
+            bool missing = WIFEXITED(status) && WEXITSTATUS(status) == 127; /* said there */
             if (!missing)
                 skv_error("sidekvd ended before it was ready: %s", replay_end_text(status));
-            return missing ? SKV_ENOENT : SKV_ELOST;
+            return SKV_ELOST;
         }
     }
     if (!replay_interrupted())

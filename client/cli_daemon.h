@@ -17,9 +17,9 @@ struct replay_daemon {
     char socket[112];
 };
 
-/* Starts sidekvd (beside this program, else in PATH) and waits until it is ready. Follow with
- * replay_daemon_stop(). Returns 0, SKV_ENOENT (no sidekvd), SKV_EIO, SKV_ETIMEDOUT, or SKV_ELOST
- * (it ended, and said why itself). */
+/* Starts sidekvd (beside this program, else in ../sbin from there, else in PATH) and waits until it
+ * is ready. Follow with replay_daemon_stop(). Returns 0, SKV_EIO, SKV_ETIMEDOUT, or SKV_ELOST
+ * (there is none, or it ended; logged). */
 int replay_daemon_start(const struct replay_daemon_options *options, struct replay_daemon *daemon);
 
 /* SIGTERM: it stores what is not stored yet. Then removes the temporary directory. SKV_ELOST: it

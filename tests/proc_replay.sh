@@ -72,6 +72,18 @@ replay $small --store "$work/store" --store-bytes 256M --pool-bytes 1M --verify 
 ok "a pool for few users makes shorter hits, not wrong ones" [ "$status" = 0 ]
 ok "and the same scores" [ "$(field scores_digest)" = "$uncached" ]
 
+# ---- where the private daemon is found
+
+mkdir -p "$work/usr/bin" "$work/usr/sbin"
+cp "$sidekv" "$work/usr/bin"
+sidekv=$work/usr/bin/sidekv PATH=/usr/bin:/bin replay $small --limit-requests 4
+ok "no sidekvd anywhere" [ "$status" = 1 ]
+ok "is said" says "nor in PATH"
+ok "and nothing of users or models" says "failed: no daemon"
+cp "$sidekvd" "$work/usr/sbin"
+sidekv=$work/usr/bin/sidekv PATH=/usr/bin:/bin replay $small --limit-requests 4
+ok "as installed, in bin and sbin, with no sbin in PATH" [ "$status" = 0 ]
+
 # ---- the daemon dies
 
 export SIDEKV_LOG=error
