@@ -113,7 +113,7 @@ all: deps $(BINS) $(BENCHES) ## build the daemon, the CLI, the libraries and the
 
 .PHONY: deps test-deps
 deps: ## check for (as root: install) the Debian packages that the build needs
-	@contrib/deps.sh $(DEPS)
+	@CUDA=$(CUDA) contrib/deps.sh $(DEPS)
 test-deps: deps # and those that the tests need beside
 	@contrib/deps.sh tests
 

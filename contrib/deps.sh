@@ -1,6 +1,6 @@
 #!/bin/sh
 # Checks that the Debian packages the build needs are there. As root it installs what is missing; otherwise, and with `check`, it names
-# the command. Quiet and fast when nothing is missing. Usage: contrib/deps.sh [check|tests|lint|fuzz|valgrind]
+# the command. Quiet and fast when nothing is missing. Usage: [CUDA=1] contrib/deps.sh [check|tests|lint|fuzz|valgrind]   CUDA: with nvcc
 set -eu
 # header to look for, package
 need="liburing.h:liburing-dev lmdb.h:liblmdb-dev xxhash.h:libxxhash-dev jansson.h:libjansson-dev"
@@ -14,6 +14,7 @@ for n in $need; do
     [ -n "$found" ] || missing="$missing $package"
 done
 tools="gcc:gcc make:make"
+[ -z "${CUDA:-}" ] || tools="$tools g++:g++" # nvcc has gcc compile C++
 case "${1:-}" in
 lint) tools="$tools clang-format:clang-format clang-tidy:clang-tidy cppcheck:cppcheck" ;;
 fuzz) # libFuzzer, the sanitizers and what reads clang's coverage
