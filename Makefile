@@ -16,9 +16,12 @@
 # Who may include whom is the -I list of each folder, nothing else.
 
 CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda /usr/local/cuda-13.0 /opt/cuda))
-NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+NVCC ?= $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc 2>/dev/null))
 ifneq ($(HOST)$(SAN),)
 NVCC := # sanitizers know nothing of device code
+endif
+ifeq ($(CUDA_HOME),) # an nvcc that PATH found: its home is above its bin
+CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(shell command -v $(NVCC) 2>/dev/null))))
 endif
 CUDA := $(if $(NVCC),1,)
 
@@ -61,7 +64,8 @@ LDFLAGS += --coverage
 endif
 LDFLAGS += -pthread
 LIBS_COMMON = -lxxhash -lm -ldl -lrt
-CUDA_INC := $(if $(CUDA),-isystem $(CUDA_HOME)/include,)
+# Not /usr/include (a distribution's nvcc): that is where gcc looks, behind its C++ headers.
+CUDA_INC := $(if $(CUDA),$(addprefix -isystem ,$(filter-out /usr/include,$(CUDA_HOME)/include)),)
 CUDART := $(if $(CUDA),-L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lpthread,)
 NVFLAGS = -O3 -std=c++17 -lineinfo -Xcompiler=-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-fPIC \
           --threads 2 --expt-relaxed-constexpr -Xptxas=-v
