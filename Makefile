@@ -204,6 +204,7 @@ $(filter $(B)/tests/stress_%,$(TESTS)) $(PROVERS): $(B)/tests/%: $(O)/tests/%.c.
 	$(call say,LD $@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(CUDART) -luring -llmdb $(LIBS_COMMON)
 $(patsubst %,$(B)/tests/%,test_adopt test_cache test_cache_store test_extents stress_cache stress_cache_all): LDFLAGS += -Wl,--wrap=calloc
+$(B)/tests/test_ping: LDFLAGS += -Wl,--wrap=skv_open,--wrap=skv_ping,--wrap=skv_server,--wrap=skv_close
 $(B)/tests/stress_cache_all: LDFLAGS += -Wl,--wrap=mmap,--wrap=munmap,--wrap=madvise
 # These die, or stop, where a prover or a test tells them to: common/failpoint.h.
 FAIL_BINS := $(B)/tests/bin/sidekvd $(B)/tests/bin/sidekv-keeper

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "cli_result.h"
 #include "clock.h"
 
 #define LOOK_TIMEOUT_MS   5000u
@@ -64,12 +65,6 @@ static void print_json(json_t *json)
 
 /* ---- ping ---- */
 
-static int compare_u64(const void *a, const void *b)
-{
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
 static void print_server(const struct skv_server *s)
 {
     printf("sidekvd, process %u, on %s%s: %" PRIu64 " pages of %u tokens, %.1f KiB each "
@@ -79,24 +74,28 @@ static void print_server(const struct skv_server *s)
            s->geometry.head_dim);
 }
 
+static double percentile_us(const struct replay_times *times, double share)
+{
+    return (double)replay_percentile(times, share) / 1e3;
+}
+
 int cli_ping(const struct cli *cli)
 {
-    uint64_t *times = malloc(cli->count * sizeof *times);
-    if (!times)
+    struct replay_times times = {.ns = malloc(cli->count * sizeof *times.ns), .count = cli->count};
+    if (!times.ns)
         return finish(NULL, SKV_ENOMEM, "ping", "ask for fewer");
     struct skv *skv = open_admin(cli, LOOK_TIMEOUT_MS);
     int status = SKV_OK;
     for (uint32_t i = 0; skv && i < cli->count && !status; i++)
-        status = skv_ping(skv, &times[i]);
+        status = skv_ping(skv, &times.ns[i]);
     if (skv && !status) {
-        qsort(times, cli->count, sizeof *times, compare_u64);
+        replay_times_sort(&times);
         print_server(skv_server(skv));
         printf("%u round trips: fastest %.1f us, p50 %.1f us, p99 %.1f us, slowest %.1f us\n",
-               cli->count, (double)times[0] / 1e3, (double)times[cli->count / 2] / 1e3,
-               (double)times[(uint64_t)cli->count * 99 / 100] / 1e3,
-               (double)times[cli->count - 1] / 1e3);
+               cli->count, percentile_us(&times, 0), percentile_us(&times, 0.5),
+               percentile_us(&times, 0.99), percentile_us(&times, 1));
     }
-    free(times);
+    free(times.ns);
     return skv ? finish(skv, status, "ping", advice_of(status)) : CLI_FAILED;
 }
 

@@ -85,12 +85,17 @@ static int by_value(const void *left, const void *right)
     return a < b ? -1 : a > b;
 }
 
+void replay_times_sort(struct replay_times *times)
+{
+    if (times->count > 0)
+        qsort(times->ns, times->count, sizeof *times->ns, by_value);
+}
+
 void replay_result_finish(struct replay_result *r)
 {
-    struct replay_times *const all[] = {&r->latency, &r->acquire, &r->compute};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (all[i]->count > 0)
-            qsort(all[i]->ns, all[i]->count, sizeof *all[i]->ns, by_value);
+    replay_times_sort(&r->latency);
+    replay_times_sort(&r->acquire);
+    replay_times_sort(&r->compute);
 }
 
 void replay_result_close(struct replay_result *r)

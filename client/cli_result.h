@@ -9,7 +9,7 @@
 #define REPLAY_SAMPLES 3u /* requests whose best candidates the summary shows */
 
 struct replay_times {
-    uint64_t *ns; /* [count], sorted once the run is over */
+    uint64_t *ns; /* [count], sorted by replay_times_sort() */
     uint64_t count, capacity;
     uint64_t total_ns;
 };
@@ -47,7 +47,9 @@ void replay_result_add_footprint(struct replay_result *r, const struct work_bye 
 void replay_result_finish(struct replay_result *r);
 void replay_result_close(struct replay_result *r);
 
-/* Percentile 0..1 of a finished run's times; 0 without any. */
+/* As replay_result_finish() does with a run's; ping has times of its own. */
+void replay_times_sort(struct replay_times *times);
+/* Percentile 0..1 of sorted times, the nearest of them: 0 the least, 1 the most. 0 without any. */
 uint64_t replay_percentile(const struct replay_times *times, double share);
 
 #endif
