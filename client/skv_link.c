@@ -65,6 +65,14 @@ static int await(struct skv_link *link, short events, uint64_t deadline_ns, cons
 
 /* ---- connect ---- */
 
+/* Is it there, and no socket? connect() says of such a file what it says of a dead daemon's socket,
+ * or of one that is not ours to write to. */
+static bool is_other_file(const char *path)
+{
+    struct stat file;
+    return stat(path, &file) == 0 && !S_ISSOCK(file.st_mode);
+}
+
 static int connect_to(struct skv_link *link, const char *path, uint64_t deadline_ns)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -77,7 +85,10 @@ static int connect_to(struct skv_link *link, const char *path, uint64_t deadline
         return fail(link, SKV_ENOMEM, "socket: %s", strerror(errno));
 
     while (connect(link->socket, (struct sockaddr *)&address, sizeof address) != 0) {
-        switch (errno) {
+        int error = errno;
+        if ((error == ECONNREFUSED || error == EACCES) && is_other_file(path))
+            error = EPROTOTYPE;
+        switch (error) {
         case EAGAIN: /* its backlog is full */
             if (remaining_ms(deadline_ns) == 0)
                 return fail(link, SKV_ETIMEDOUT, "the daemon at %s takes no connections", path);
@@ -89,16 +100,16 @@ static int connect_to(struct skv_link *link, const char *path, uint64_t deadline
         case ECONNREFUSED:
             return fail(link, SKV_ELOST,
                         "nobody listens on %s (%s); start the daemon: sidekvd --socket %s", path,
-                        strerror(errno), path);
+                        strerror(error), path);
         case EACCES:
         case EPERM:
             return fail(link, SKV_EPERM,
                         "%s: %s; the socket is open to the daemon's own user and root", path,
-                        strerror(errno));
+                        strerror(error));
         case EPROTOTYPE:
             return fail(link, SKV_EPROTO, "%s is not a sidekvd socket", path);
         default:
-            return fail(link, SKV_EIO, "connect to %s: %s", path, strerror(errno));
+            return fail(link, SKV_EIO, "connect to %s: %s", path, strerror(error));
         }
     }
     return SKV_OK;

@@ -14,6 +14,8 @@ ok "or, for the journal, its priority" grep -q '^<3>sidekv\[' "$work/err"
 JOURNAL_STREAM=$(stat -c %d:%i "$work/out") cli ping
 ok "but not where stderr is another file" grep -q '^20.*Z sidekv\[' "$work/err"
 unset JOURNAL_STREAM
+cli --socket "$work/err" ping
+ok "a file that is no socket is said to be none" is 1 "err is not a sidekvd socket"
 start sidekvd
 awk 'BEGIN { print "userId,movieId,rating,timestamp"
     for (i = 0; i < 96; i++) for (u = 1; u <= 4; u++) printf "%d,%d,%.1f,%d\n", u, (i * 7 + u) % 50, i % 10 / 2, 1000 + i }' >"$work/log.csv"

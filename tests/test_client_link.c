@@ -52,6 +52,18 @@ Test(client_link, nobody_listening_is_lost_at_once)
     cr_assert_eq(skv_open(&options, &skv), SKV_ELOST);
 }
 
+Test(client_link, a_file_that_is_no_socket_is_no_daemon)
+{
+    struct skv_options options = fake_options(&fake);
+    struct skv *skv = NULL;
+    int before = fake_open_fds();
+    close(creat(fake.path, 0400)); /* nobody but root may write to it: another errno */
+    cr_expect_eq(skv_open(&options, &skv), SKV_EPROTO);
+    options.socket = fake.directory;
+    cr_expect_eq(skv_open(&options, &skv), SKV_EPROTO);
+    cr_expect_eq(fake_open_fds(), before);
+}
+
 Test(client_link, options_out_of_range_are_refused)
 {
     struct skv *skv = NULL;
