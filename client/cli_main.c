@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "log.h"
+#include "refused.h"
 
 enum option_bits {
     OPTION_JSON = 1 << 0,
@@ -220,11 +221,12 @@ static int parse_operands(const struct command *command, bool has_key, int argc,
 
 static int run_command(const struct command *command, struct cli *cli, int argc, char **argv)
 {
+    static const char letters[] = ":c:h";
     bool has_key = false;
     uint64_t number;
     optind = 0; /* a new vector: start anew */
     opterr = 0;
-    for (int option; (option = getopt_long(argc, argv, ":c:h", long_options, NULL)) != -1;) {
+    for (int option; (option = getopt_long(argc, argv, letters, long_options, NULL)) != -1;) {
         if (option == 'h') {
             print_command_help(command);
             return CLI_OK;
@@ -232,7 +234,7 @@ static int run_command(const struct command *command, struct cli *cli, int argc,
         if (option == ':')
             return usage(command->name, "a value is missing: ", argv[optind - 1]);
         if (option == '?')
-            return usage(command->name, "no such option: ", argv[optind - 1]);
+            return usage(command->name, "no such option: ", skv_refused_option(argv, letters));
         if (option != SOCKET && !(bit_of(option) & command->options))
             return usage(command->name, "not an option of this command: ", name_of(option));
         bool good = true;
@@ -285,10 +287,11 @@ static int run(int argc, char **argv)
                                             {"version", no_argument, NULL, 'V'},
                                             {"help", no_argument, NULL, 'h'},
                                             {0}};
+    static const char letters[] = "+:hV";
     struct cli cli = {.count = 100, .limit = UINT64_MAX};
     skv_log_init("sidekv", SKV_LOG_WARN);
     opterr = 0;
-    for (int option; (option = getopt_long(argc, argv, "+:hV", options, NULL)) != -1;) {
+    for (int option; (option = getopt_long(argc, argv, letters, options, NULL)) != -1;) {
         switch (option) {
         case 's':
             cli.socket = optarg;
@@ -299,9 +302,10 @@ static int run(int argc, char **argv)
         case 'h':
             print_help(stdout);
             return CLI_OK;
+        case ':':
+            return usage(NULL, "a value is missing: ", argv[optind - 1]);
         default:
-            return usage(NULL, option == ':' ? "a value is missing: " : "no such option: ",
-                         argv[optind - 1]);
+            return usage(NULL, "no such option: ", skv_refused_option(argv, letters));
         }
     }
     if (optind == argc) {

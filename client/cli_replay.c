@@ -17,6 +17,7 @@
 #include "cli_report.h"
 #include "hstu.h"
 #include "log.h"
+#include "refused.h"
 
 struct options {
     const char *log; /* NULL: generate */
@@ -295,14 +296,15 @@ static int check_options(const struct options *o, uint64_t given)
 
 static int parse(int argc, char **argv, struct options *o)
 {
+    static const char letters[] = ":";
     uint64_t given = 0;
     optind = 0;
     opterr = 0;
-    for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
+    for (int option; (option = getopt_long(argc, argv, letters, table, NULL)) != -1;) {
         if (option == ':')
             return usage("a value is missing: %s", argv[optind - 1]);
         if (option == '?')
-            return usage("no such option: %s", argv[optind - 1]);
+            return usage("no such option: %s", skv_refused_option(argv, letters));
         if (!take(o, option, optarg))
             return usage("not a value of --%s: %s", table[option - GENERATE].name, optarg);
         given |= UINT64_C(1) << (option - GENERATE);

@@ -9,6 +9,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "refused.h"
+
 #define GIB (UINT64_C(1) << 30)
 #define MIB (UINT64_C(1) << 20)
 
@@ -292,7 +294,7 @@ int options_parse(int argc, char **argv, struct options *out)
         if (option == OPT_VERSION)
             return puts("sidekvd " SKV_VERSION) < 0 || fflush(stdout);
         if (option == '?')
-            return usage("unknown option or missing value", argv[optind - 1]);
+            return usage("unknown option or missing value", skv_refused_option(argv, ""));
         if (!take(out, option, optarg)) {
             char what[64];
             snprintf(what, sizeof what, "not a value of --%s", table[index].name);

@@ -95,6 +95,15 @@ for line in "" "nonsense" "ping -c 0" "ping -c x" "users --limit x" "user" "user
     cli $line
     ok "wrong: sidekv $line" is 2
 done
+cli ping -xy
+ok "of letters the one that is unknown is named" is 2 "no such option: -x;"
+cli -xy
+ok "before the command too" is 2 "no such option: -x;"
+cli ping --help=yes
+ok "and the word, of an option that takes no value" is 2 "no such option: --help=yes;"
+"$sidekvd" --epoll -xy >"$work/out" 2>"$work/err"
+status=$?
+ok "by the daemon as well" is 2 "missing value: -x$"
 for line in --help --version "help truncate" "stats --help" help; do
     cli $line
     ok "sidekv $line" is 0

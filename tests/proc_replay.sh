@@ -150,7 +150,9 @@ ok "a store for a foreign daemon" refused "--socket"
 replay --generate --socket "$work/s" --trust
 ok "nor is its protection ours to choose" refused "--trust"
 replay --generate --nonsense
-ok "an unknown option" refused "no such option"
+ok "an unknown option" refused "no such option: --nonsense"
+replay --generate -xy
+ok "an unknown letter" refused "no such option: -x$"
 replay $small --store "$work/broken.csv"
 ok "a store that is none" [ "$status" = 1 ]
 ok "nothing is left behind" nothing_left
