@@ -24,6 +24,7 @@ struct cli {
     struct skv_id user;  /* ID or --key */
     char user_text[96];  /* the user in words, for messages */
     uint32_t tokens;     /* TOKENS of truncate */
+    const char *topic;   /* COMMAND of help; NULL: all */
 };
 
 int cli_ping(const struct cli *cli);

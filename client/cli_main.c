@@ -21,7 +21,9 @@ enum option_bits {
     OPTION_KEY = 1 << 4,
 };
 
-enum operands { NONE, ID, ID_TOKENS };
+enum operands { NONE, ID, ID_TOKENS, TOPIC };
+
+static int help(const struct cli *cli);
 
 static const struct command {
     const char *name;
@@ -50,6 +52,7 @@ static const struct command {
      cli_restart},
     {"replay", "LOG | --generate ...", "the main job: serve a request log; see replay --help", 0,
      NONE, NULL},
+    {"help", "[COMMAND]", "what a command does and takes", 0, TOPIC, help},
 };
 
 #define COMMANDS (sizeof commands / sizeof *commands)
@@ -73,14 +76,13 @@ static void print_help(FILE *out)
     for (size_t i = 0; i < COMMANDS; i++)
         fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].text);
     fprintf(out,
-            "  %-9s %s\n\n"
-            "options:\n"
+            "\noptions:\n"
             "  --socket PATH  the daemon's socket (or SIDEKV_SOCKET; default %s)\n"
             "  -V, --version  print the version\n"
             "  -h, --help     this text; `sidekv help COMMAND` for one command\n\n"
             "ID: digits are an integer user, anything else a named one.\n"
             "Exit codes: 0 done, 1 failed, 2 wrong command line.\n",
-            "help", "what a command does and takes", SKV_DEFAULT_SOCKET);
+            SKV_DEFAULT_SOCKET);
 }
 
 static void print_command_help(const struct command *command)
@@ -197,16 +199,16 @@ static const char *name_of(int option)
 static int parse_operands(const struct command *command, bool has_key, int argc, char **argv,
                           struct cli *cli)
 {
-    int wanted = command->operands == NONE ? 0 : command->operands == ID ? 1 : 2;
+    bool user = command->operands == ID || command->operands == ID_TOKENS;
     const char *id = NULL;
-    if (wanted && !has_key) {
+    if (user && !has_key) {
         if (argc < 1 || !*argv[0])
             return usage(command->name, "which user? ID is missing", "");
         id = argv[0];
         cli->user = cli_parse_user(id);
         argc--, argv++;
     }
-    if (wanted)
+    if (user)
         name_user(cli, id);
     if (command->operands == ID_TOKENS) {
         uint64_t tokens;
@@ -214,6 +216,10 @@ static int parse_operands(const struct command *command, bool has_key, int argc,
             return usage(command->name,
                          "TOKENS must be a number up to 32768: ", argc < 1 ? "(nothing)" : argv[0]);
         cli->tokens = (uint32_t)tokens;
+        argc--, argv++;
+    }
+    if (command->operands == TOPIC && argc > 0) {
+        cli->topic = argv[0];
         argc--, argv++;
     }
     return argc ? usage(command->name, "not understood: ", argv[0]) : CLI_OK;
@@ -266,15 +272,15 @@ static int run_command(const struct command *command, struct cli *cli, int argc,
     return status ? status : command->run(cli);
 }
 
-static int help(int argc, char **argv)
+static int help(const struct cli *cli)
 {
-    if (argc < 2) {
+    if (!cli->topic) {
         print_help(stdout);
         return CLI_OK;
     }
-    const struct command *command = find(argv[1]);
+    const struct command *command = find(cli->topic);
     if (!command)
-        return usage(NULL, "no such command: ", argv[1]);
+        return usage(NULL, "no such command: ", cli->topic);
     if (!command->run)
         return cli_replay(2, (char *[]){"replay", "--help", NULL}, NULL);
     print_command_help(command);
@@ -314,8 +320,6 @@ static int run(int argc, char **argv)
     }
     argc -= optind;
     argv += optind;
-    if (strcmp(argv[0], "help") == 0)
-        return help(argc, argv);
     const struct command *command = find(argv[0]);
     if (!command)
         return usage(NULL, "no such command: ", argv[0]);

@@ -67,7 +67,7 @@ static const char help[] =
     "  --flip-token           a test of --verify: recompute with one cached token changed\n"
     "\n"
     "  --json                 one object on stdout, its last line\n"
-    "  --help\n"
+    "  -h, --help\n"
     "\n"
     "Exit status: 0 done; 1 failed, or something was wrong; 2 bad options or log.\n";
 
@@ -296,7 +296,7 @@ static int check_options(const struct options *o, uint64_t given)
 
 static int parse(int argc, char **argv, struct options *o)
 {
-    static const char letters[] = ":";
+    static const char letters[] = ":h";
     uint64_t given = 0;
     optind = 0;
     opterr = 0;
@@ -305,6 +305,8 @@ static int parse(int argc, char **argv, struct options *o)
             return usage("a value is missing: %s", argv[optind - 1]);
         if (option == '?')
             return usage("no such option: %s", skv_refused_option(argv, letters));
+        if (option == 'h')
+            option = HELP;
         if (!take(o, option, optarg))
             return usage("not a value of --%s: %s", table[option - GENERATE].name, optarg);
         given |= UINT64_C(1) << (option - GENERATE);

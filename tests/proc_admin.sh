@@ -91,7 +91,7 @@ cli user 1
 ok "truncated stays truncated" [ "$(value committed)" = 64 ]
 
 for line in "" "nonsense" "ping -c 0" "ping -c x" "users --limit x" "user" "user 1 2" "user 1 --key $key" "user --key xyz" "truncate 1" \
-    "truncate 1 x" "stats --limit 3" "evict 1 --model 12" "flush now" "ping --nothing" "help nonsense"; do
+    "truncate 1 x" "stats --limit 3" "evict 1 --model 12" "flush now" "ping --nothing" "help nonsense" "help ping pong"; do
     cli $line
     ok "wrong: sidekv $line" is 2
 done
@@ -104,7 +104,7 @@ ok "and the word, of an option that takes no value" is 2 "no such option: --help
 "$sidekvd" --epoll -xy >"$work/out" 2>"$work/err"
 status=$?
 ok "by the daemon as well" is 2 "missing value: -x$"
-for line in --help --version "help truncate" "stats --help" help; do
+for line in --help --version "help truncate" "stats --help" help "help help" "help --help" "help -h" "replay -h" "replay --generate -h"; do
     cli $line
     ok "sidekv $line" is 0
 done

@@ -32,6 +32,9 @@ speaks sidekvd sidekvd.8
 options client/cli_replay.c >"$work/takes"
 "$sidekv" replay --help >"$work/help"
 speaks "sidekv replay" sidekv-replay.1
+cat client/cli_*.c | grep -oE 'getenv\("[A-Z_]*' | sed 's/.*"//' | sort >"$work/takes"
+sed -n '/^\.SH ENVIRONMENT/,/^\.SH [^E]/s/^\.B \([A-Z_]*\)$/\1/p' man/sidekv-replay.1 | sort | comm -13 - "$work/takes" >"$work/said"
+ok "sidekv replay: its man page has what it looks at of the environment" [ -s "$work/takes" -a ! -s "$work/said" ]
 options client/cli_main.c >"$work/takes"
 commands=$(sed -n '/} commands\[\]/,/^};/s/^ *{"\([a-z]*\)", .*/\1/p' client/cli_main.c)
 "$sidekv" --help >"$work/help"
@@ -40,7 +43,7 @@ for command in $(echo "$commands" | grep -v replay); do
 done
 speaks sidekv sidekv.1
 
-{ echo "$commands" && echo help; } | sort >"$work/takes"
+echo "$commands" | sort >"$work/takes"
 "$sidekv" --help | sed -n '/^commands:/,/^$/s/^  \([a-z]*\) .*/\1/p' | sort >"$work/said"
 same "sidekv: --help names the commands that it takes" "$work/takes" "$work/said"
 entries sidekv.1 |
