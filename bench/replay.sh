@@ -3,6 +3,7 @@
 # compares compute with recomputing everything.
 # usage: bench/replay.sh [RATINGS.CSV [replay option...]]
 #   RATINGS.CSV: default $SIDEKV_RATINGS, else ../shared/data/ml-latest-small/ratings.csv; SIDEKV_BIN: default build/bin
+#   replay option: one that goes with --no-cache too
 set -u
 here=$(dirname "$0")
 log=${1:-${SIDEKV_RATINGS:-$here/../../shared/data/ml-latest-small/ratings.csv}}

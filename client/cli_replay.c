@@ -60,7 +60,7 @@ static const char help[] =
     "  --pool-bytes SIZE, --store-bytes SIZE\n"
     "  --protect|--trust      workers can write to extents of their own only; or to the whole "
     "pool\n"
-    "  --no-cache             recompute everything, no daemon\n"
+    "  --no-cache             recompute everything, no daemon, none of the options above\n"
     "  --compare              with cache, then without, side by side\n"
     "  --verify FRACTION      recompute that share of requests without cache: scores and cached\n"
     "                         rows must be the same (on CUDA: nearly)\n"
@@ -284,9 +284,10 @@ static int check_options(const struct options *o, uint64_t given)
         return usage("--events-total: at least one event a user, %" PRIu64, o->generate.users);
     if (o->no_cache && (o->run.verify > 0 || o->compare || o->socket))
         return usage("--no-cache uses no daemon, and leaves nothing to verify or compare");
-    if (o->socket && own)
+    if (own && (o->socket || o->no_cache))
         return usage("--store, --pool-bytes, --store-bytes, --protect and --trust are for a daemon "
-                     "of replay's own, not for the one at --socket");
+                     "of replay's own, %s",
+                     o->socket ? "not for the one at --socket" : "and --no-cache has none");
     if (o->run.flip && o->run.verify == 0)
         return usage("--flip-token is found by --verify");
     if (o->socket && strlen(o->socket) >= sizeof o->run.header.socket)

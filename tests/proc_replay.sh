@@ -145,6 +145,10 @@ replay --generate --flip-token
 ok "a flip that nobody looks for" refused "--verify"
 replay --generate --no-cache --verify 1
 ok "nothing to verify" refused "--no-cache"
+for option in "--store $work/store" "--pool-bytes 1M" "--store-bytes 64M" --protect --trust; do
+    replay --generate --no-cache $option
+    ok "no daemon for ${option%% *}" refused "and --no-cache has none"
+done
 replay --generate --socket "$work/s" --store "$work/store"
 ok "a store for a foreign daemon" refused "--socket"
 replay --generate --socket "$work/s" --trust
