@@ -1,7 +1,7 @@
-/* Attention checked on the device: every shape that hstu.md names, against a plain CUDA reference
- * within hstu.md's tolerance; golden A'; bitwise properties. bench_attention calls check_all(), or
- * check_problem() for one shape; every failure and a sample of what passed is printed, and counted
- * in `failures`. */
+/* Attention checked on the device: the shapes of check_all(), against a plain CUDA reference of
+ * layers.h within check_problem()'s tolerance; golden A'; bitwise properties. bench_attention calls
+ * check_all(), or check_problem() for one shape; every failure and a sample of what passed is
+ * printed, and counted in `failures`. */
 #ifndef BENCH_ATTENTION_CHECK_CUH
 #define BENCH_ATTENTION_CHECK_CUH
 
@@ -207,7 +207,9 @@ static struct difference compare(const float *a, const float *b, uint64_t n)
     return d;
 }
 
-/* hstu.md's tolerance. */
+/* The tolerance: with R32 the fp32 reference and R16 the one rounded where layers.h says, max and
+ * mean of |out - R32| at most twice those of |R16 - R32|, each plus the slack of an approximate
+ * tanh: 2^-11 of the largest sum of |s v| of a row, over 2 N. */
 static bool check_problem(struct problem *p, const char *name)
 {
     float *exact, *rounded, magnitude, *out = run(p);
@@ -236,7 +238,8 @@ static float gen(uint32_t a, uint32_t b, uint32_t c, uint32_t salt)
     return ((131 * a + 37 * b + 17 * c + 7919 * salt) % 1009) * 2 / 1008.0 - 1;
 }
 
-/* Golden case A' of hstu.md: two sequences, H 2, S 32, N 64. */
+/* Golden case A', by an independent fp64 program (tests/test_reference.c holds the host to it): two
+ * sequences, H 2, S 32, N 64, inputs of gen() rounded to bf16. */
 static void check_golden(const struct hstu_attention_path *path, uint32_t D, uint32_t group)
 {
     static const struct golden {

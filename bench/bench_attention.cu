@@ -1,6 +1,6 @@
 /* bench_attention: attention alone, on the device, checked and timed.
  *
- *   bench_attention --check            every shape that hstu.md names, against a plain CUDA
+ *   bench_attention --check            the shapes of attention_check.cuh, against a plain CUDA
  *                                      reference; golden A'; bitwise properties
  *   bench_attention --bench            the shapes that matter, TFLOP/s of the exact mask beside 600
  *   bench_attention --batch 8 --history 4096 --new 4096 --candidates 256 --head-dim 256 --page 32

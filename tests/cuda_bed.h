@@ -1,4 +1,4 @@
-/* What the CUDA tests share: is there a GPU, device arrays, the tolerance of hstu.md. */
+/* What the CUDA tests share: is there a GPU, device arrays, the tolerance. */
 #ifndef CUDA_BED_H
 #define CUDA_BED_H
 
@@ -58,8 +58,9 @@ static inline const struct hstu_attention_path *path_of_device(void)
     return hstu_attention_choose(major, minor);
 }
 
-/* How far `a` is from R32, in units of what hstu.md allows: 1 is the limit. `slack` is the absolute
- * term for approximate tanh. NaN is infinitely far. */
+/* How far `a` is from R32, the fp32 reference, in units of what is allowed: 1 is the limit. Allowed
+ * is twice the distance of R16, the reference rounded where layers.h says; the largest and the
+ * mean. `slack` is the absolute term for approximate tanh. NaN is infinitely far. */
 struct distance {
     double max, mean;
 };

@@ -44,5 +44,8 @@ fi
 if grep -rnE '\.\./shared' common include kernels storage daemon client Makefile 2>/dev/null; then
     echo "the project stands alone"; bad=1
 fi
+if grep -rnIE '\b(hstu|design|facts|style)\.md' --exclude-dir=build --exclude-dir=.git --exclude-dir='.gpu-*' .; then
+    echo "no such document here: say it in place, or cite a file of the project"; bad=1
+fi
 [ $bad = 0 ] && echo "lint: clean"
 exit $bad

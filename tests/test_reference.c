@@ -1,6 +1,7 @@
-/* The reference against hstu.md's golden numbers (an independent fp64 program's), and the fast host
- * version against both, by hstu.md's tolerance: let R32 be the fp32 reference, R16 the one rounded
- * to bf16, A the kernel; max and mean of |A - R32| at most twice those of |R16 - R32|. */
+/* The reference against golden numbers of an independent fp64 program (attention A, and A' of bf16
+ * inputs; positions C; addresses E), and the fast host version against both, by one tolerance: let
+ * R32 be the fp32 reference, R16 the one rounded to bf16 where layers.h says, A the kernel; max and
+ * mean of |A - R32| at most twice those of |R16 - R32|. */
 #include "host_rig.h"
 
 #include <math.h>
