@@ -1,7 +1,7 @@
 /* The handshake: a path in, a checked welcome and its fds out. Called by skv_open() and
  * skv_reconnect() only.
  *
- * connect -> HELLO with our fds -> WELCOME with {session memfd, SQ eventfd, CQ eventfd} -> the
+ * connect -> HELLO with our fds -> WELCOME with {session memfd, SQ eventfd, CQ bell} -> the
  * pool's extents, WIRE_FDS_PER_MESSAGE at a time. Every step has the same deadline. The socket
  * is non-blocking from its first moment; a full backlog is retried, not waited for.
  *

@@ -34,8 +34,8 @@ void skv_session_lose(struct skv *skv, const char *format, ...)
     if (__atomic_exchange_n(&skv->lost, 1, __ATOMIC_ACQ_REL))
         return;
     open_gates(skv);
-    shutdown(skv->link.socket, SHUT_RDWR); /* a daemon that still lives fences the session */
-    eventfd_write(skv->link.cq_event, 1);
+    shutdown(skv->link.socket, SHUT_RDWR);   /* a daemon that still lives fences the session */
+    shutdown(skv->link.cq_event, SHUT_RDWR); /* wakes a caller that sleeps */
 
     char reason[256];
     va_list arguments;

@@ -44,7 +44,8 @@ struct peer {
     uint64_t session; /* id; also tells this use of the struct from the next */
     pid_t pid;
     uid_t uid;
-    int socket, pidfd, memory_fd, sq_fd, cq_fd;
+    int socket, pidfd, memory_fd, sq_fd;
+    int cq_fd, cq_client_fd; /* our end of its bell; its own, until it has it */
     struct watch hangup, bell, death;
     uint64_t due_ns;                 /* hello: its deadline; ending: when it is gone */
     int slot;                        /* of the cache's sessions, or -1 */

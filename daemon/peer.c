@@ -45,6 +45,7 @@ void skv_peers_init(struct daemon *daemon)
                                          .memory_fd = -1,
                                          .sq_fd = -1,
                                          .cq_fd = -1,
+                                         .cq_client_fd = -1,
                                          .slot = -1};
 }
 
@@ -74,6 +75,7 @@ static void peer_free(struct peer *peer)
     close_fd(&peer->memory_fd);
     close_fd(&peer->sq_fd);
     close_fd(&peer->cq_fd);
+    close_fd(&peer->cq_client_fd);
     struct daemon *daemon = peer->daemon;
     uint32_t index = peer->index;
     *peer = (struct peer){.daemon = daemon,
@@ -83,6 +85,7 @@ static void peer_free(struct peer *peer)
                           .memory_fd = -1,
                           .sq_fd = -1,
                           .cq_fd = -1,
+                          .cq_client_fd = -1,
                           .slot = -1};
 }
 
@@ -393,15 +396,19 @@ static const char *map_gates(struct peer *peer, int fd, uint32_t rows)
     return NULL;
 }
 
-/* The session's memory and eventfds. */
+/* The session's memory and bells. The client's is no eventfd: a write to one can be made to block,
+ * as whoever shares it may fill it and clear O_NONBLOCK, at any time. */
 static const char *make_session(struct peer *peer, uint32_t rows)
 {
     uint64_t bytes = wire_session_bytes(rows);
+    int bell[2] = {-1, -1};
     peer->rows = rows;
     peer->memory_fd = memfd_create("sidekv-session", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     peer->sq_fd = eventfd(0, EFD_CLOEXEC);
-    peer->cq_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (peer->memory_fd < 0 || peer->sq_fd < 0 || peer->cq_fd < 0 ||
+    bool paired = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, bell) == 0;
+    peer->cq_fd = bell[0];
+    peer->cq_client_fd = bell[1];
+    if (peer->memory_fd < 0 || peer->sq_fd < 0 || !paired ||
         ftruncate(peer->memory_fd, (off_t)bytes) ||
         fcntl(peer->memory_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
         return "no memory or file descriptor left for a session";
@@ -477,9 +484,10 @@ static bool welcome(struct peer *peer)
     memcpy(answer.uuid, device->uuid, sizeof answer.uuid);
     memcpy(answer.ipc, handles->ipc, sizeof answer.ipc);
     snprintf(answer.device, sizeof answer.device, "%s", device->name);
-    const int fds[WIRE_WELCOME_FDS] = {peer->memory_fd, peer->sq_fd, peer->cq_fd};
+    const int fds[WIRE_WELCOME_FDS] = {peer->memory_fd, peer->sq_fd, peer->cq_client_fd};
     if (!say(peer, &answer, sizeof answer, fds, WIRE_WELCOME_FDS))
         return false;
+    close_fd(&peer->cq_client_fd);
     for (uint32_t first = 0; first < answer.extents; first += WIRE_FDS_PER_MESSAGE) {
         uint32_t count = answer.extents - first;
         if (count > WIRE_FDS_PER_MESSAGE)

@@ -6,7 +6,8 @@
  *                      gate memfd is sealed F_SEAL_SHRINK | F_SEAL_GROW and exactly
  *                      rows * gate_stride bytes, rounded up to 4096.
  *   daemon -> client   struct wire_welcome. Status 0: with fds {session memfd, SQ eventfd,
- *                      CQ eventfd}; else the reason in words, and the daemon closes.
+ *                      CQ bell: a stream socket, 8 bytes a ring}; else the reason in words, and the
+ *                      daemon closes.
  *   daemon -> client   worker and fd export only: struct wire_extents, as many as it takes, with
  *                      up to WIRE_FDS_PER_MESSAGE fds each.
  * After that the socket means "alive". The daemon sends at most one more message, struct
@@ -113,8 +114,8 @@ struct wire_ring {
     uint32_t sq_flags;    /* daemon: WIRE_NEED_WAKEUP: ring the SQ eventfd after publishing */
     _Alignas(64) uint32_t cq_tail; /* daemon: completions published (release) */
     _Alignas(64) uint32_t cq_head; /* client: completions taken (release) */
-    uint32_t cq_flags; /* client: WIRE_NEED_WAKEUP: ring the CQ eventfd after publishing */
-    uint32_t viewed;   /* client: the list of views that it has applied; or, hanging up, */
+    uint32_t cq_flags;             /* client: WIRE_NEED_WAKEUP: ring the CQ bell after publishing */
+    uint32_t viewed; /* client: the list of views that it has applied; or, hanging up, */
 #define WIRE_NO_VIEWS UINT32_MAX /* that it has none mapped */
 };
 _Static_assert(sizeof(struct wire_ring) == 256, "four cache lines");
