@@ -198,7 +198,10 @@ static int restore(struct daemon *daemon, const struct chunk *chunk)
         if (status == SKV_EINVAL)
             skv_warn("a stored user with an impossible record is left out");
         else if (status == SKV_EFULL)
-            skv_error("the store holds more users than --max-users %u", daemon->options.max_users);
+            skv_error(
+                "the store holds more users than --max-users %u, which can be raised, or more "
+                "than %u models",
+                daemon->options.max_users, SKV_MAX_MODELS);
         if (status && status != SKV_EINVAL)
             return status;
         skv_drain_actions(daemon);

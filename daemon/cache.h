@@ -210,6 +210,10 @@ int skv_cache_evict(struct skv_cache *cache, uint32_t record);
 /* Drops the least recently used user from the store. Returns the change's id, 0: there is none. */
 uint64_t skv_cache_evict_stored(struct skv_cache *cache);
 
+/* From now on no lease appends; those that do may commit. For a daemon that ends, so that what it
+ * stores has an end too. */
+void skv_cache_end_appends(struct skv_cache *cache);
+
 /* FLUSH: the epoch to wait for, and whether everything committed in it or before is stored. While
  * one is wanted, tails are due. */
 uint64_t skv_cache_flush(struct skv_cache *cache);

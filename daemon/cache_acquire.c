@@ -346,6 +346,8 @@ static void grant_one(struct skv_cache *cache, struct granting *g, uint32_t entr
         const struct residence *r = m.owner == SKV_NONE ? NULL : residence_of(cache, m.owner);
         uint32_t resident = r ? r->tokens : 0;
         cached = cached < resident ? cached : resident;
+    }
+    if (cache->early || cache->ending) {
         cache->stats.append_refused += wants;
         wants = false;
     }

@@ -100,6 +100,7 @@ struct skv_cache {
     uint32_t unread_at; /* where the next one goes */
     bool starved;       /* a job could not be made for want of memory */
     bool early;         /* adopted, and what the store holds is not known yet */
+    bool ending;        /* skv_cache_end_appends() */
     struct skv_stats stats;
 };
 

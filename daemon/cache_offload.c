@@ -228,6 +228,11 @@ void skv_cache_offload_undo(struct skv_cache *cache, struct skv_offload *job)
 
 /* ---- flush ---- */
 
+void skv_cache_end_appends(struct skv_cache *cache)
+{
+    cache->ending = true;
+}
+
 uint64_t skv_cache_flush(struct skv_cache *cache)
 {
     uint64_t epoch = cache->epoch;

@@ -124,7 +124,7 @@ struct daemon {
     uint64_t free_ns; /* since when the daemon of before is gone: the start of this one's time */
     uint64_t start_by_ns;      /* --start-wait's end */
     const char *awaited;       /* of an earlier daemon's, till then: it was said */
-    uint64_t accept_ns;        /* not accepting till then */
+    uint64_t accept_ns;        /* not accepting till then; 0: the last one went well */
     uint64_t store_checked_ns; /* watermarks looked at */
     uint64_t generation_limit; /* high-water mark that is in the store */
     uint64_t stop_by_ns, stop_epoch;

@@ -584,6 +584,8 @@ void skv_accept(void *context, int32_t result)
     (void)result;
     int fd = accept4(daemon->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     struct peer *peer = NULL;
+    if (fd >= 0)
+        daemon->accept_ns = 0;
     for (uint32_t i = 0; fd >= 0 && i < SKV_MAX_PEERS && !peer; i++)
         if (daemon->peers[i].state == PEER_FREE)
             peer = &daemon->peers[i];
@@ -603,7 +605,10 @@ void skv_accept(void *context, int32_t result)
         loop_poll(daemon->loop, &peer->hangup, fd, POLLIN | POLLRDHUP);
     } else if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
         /* no descriptors left: clients wait in the backlog, the loop does not spin on them */
-        skv_error("accept: %s", strerror(errno));
+        if (!daemon->accept_ns)
+            skv_error("accept: %s; it is tried again: raise the limit of open files (ulimit -n, "
+                      "LimitNOFILE=)",
+                      strerror(errno));
         daemon->accept_ns = skv_now_ns() + ACCEPT_NS;
         return;
     }

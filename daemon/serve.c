@@ -398,6 +398,7 @@ static void on_signal(void *context, int32_t result)
             reopen_store(daemon);
         daemon->offload_stopped = false;
         daemon->stop_by_ns = stop_time(daemon);
+        skv_cache_end_appends(daemon->cache);
         daemon->stop_epoch = skv_cache_flush(daemon->cache);
     } else if (daemon->stopping) {
         skv_warn("asked twice: not waiting for the store");
@@ -415,8 +416,12 @@ static bool stopped(struct daemon *daemon)
         daemon->stop_by_ns = stop_time(daemon);
         return false;
     }
-    if (skv_cache_flushed(daemon->cache, daemon->stop_epoch))
-        return true;
+    if (skv_cache_flushed(daemon->cache, daemon->stop_epoch)) {
+        /* And what was committed meanwhile, by leases from before. */
+        daemon->stop_epoch = skv_cache_flush(daemon->cache);
+        if (skv_cache_flushed(daemon->cache, daemon->stop_epoch))
+            return true;
+    }
     if (daemon->now_ns > daemon->stop_by_ns) {
         skv_error("%llu pages were not stored", (unsigned long long)unstored_pages(daemon));
         return true;
