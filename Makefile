@@ -243,7 +243,7 @@ TSAN_TESTS := $(patsubst build/%,build/tsan/%,$(THREADED))
 
 .PHONY: check
 check: all $(TESTS) ## unit and process tests of this configuration
-	@tests/run.sh $(TESTS) $(PROCS)
+	@tests/run.sh $(TESTS) SIDEKV_BIN=$(B)/bin $(PROCS)
 
 .PHONY: test
 test: all $(TESTS) others ## everything that CI runs: both builds, all tests, sanitizers, linters
