@@ -15,7 +15,7 @@
 #   bench/bench_*.c, *.cu    bin/bench_*
 # Who may include whom is the -I list of each folder, nothing else.
 
-CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda /usr/local/cuda-13.0 /opt/cuda))
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(firstword $(wildcard $(addsuffix /bin/nvcc,/usr/local/cuda /usr/local/cuda-13.0 /opt/cuda))))
 NVCC ?= $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc 2>/dev/null))
 ifneq ($(HOST)$(SAN),)
 NVCC := # sanitizers know nothing of device code

@@ -3,7 +3,6 @@
 #define SKV_REFUSED_H
 
 #include <getopt.h>
-#include <limits.h>
 #include <string.h>
 
 /* After its '?': the letter, as "-x", or the word of a long option. optind passes a word of letters
@@ -13,7 +12,7 @@
 static inline const char *skv_refused_option(char **argv, const char *letters)
 {
     static char letter[] = "-?";
-    if (!optopt || optopt > CHAR_MAX || strchr(letters, optopt))
+    if (optopt <= ' ' || optopt > '~' || strchr(letters, optopt))
         return argv[optind - 1];
     letter[1] = (char)optopt;
     return letter;

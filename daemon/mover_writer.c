@@ -83,6 +83,12 @@ static int pay(struct skv_mover *mover)
     return status;
 }
 
+/* What a transaction came to, in the words that stop offload. */
+static int told(int status)
+{
+    return status == 0 || status == SKV_ENOSPC || status == SKV_ENOMEM ? status : SKV_EIO;
+}
+
 static void write_changes(struct skv_mover *mover)
 {
     struct skv_change *changes[BATCH_CHANGES];
@@ -103,7 +109,7 @@ static void write_changes(struct skv_mover *mover)
             status = change_all(mover, &changes[i], 1);
         if (status && changes[i]->kind != SKV_CHANGE_SYNC)
             owe(mover, changes[i]);
-        answer(mover, SKV_MOVER_CHANGED, changes[i], status);
+        answer(mover, SKV_MOVER_CHANGED, changes[i], told(status));
     }
 }
 
@@ -276,8 +282,7 @@ static void write_offloads(struct skv_mover *mover)
     skv_failpoint(FAIL_store_committed);
     if (status == 0)
         mark_verified(mover, &batch);
-    bool told = status == 0 || status == SKV_ENOSPC || status == SKV_ENOMEM;
-    settle(mover, &batch, told ? status : SKV_EIO);
+    settle(mover, &batch, told(status));
 }
 
 void *writer_run(void *argument)

@@ -28,8 +28,9 @@
 _Static_assert(SKV_SIGBUS_RANGES >= 2 * SKV_MAX_PEERS, "memory and gates of each");
 _Static_assert(WIRE_FDS_PER_MESSAGE <= SKV_FDS_PER_MESSAGE, "a message of the wire fits");
 
-#define HELLO_NS  UINT64_C(2000000000) /* a handshake's deadline */
-#define ACCEPT_NS UINT64_C(200000000)  /* between tries when no file descriptor is left */
+#define BELL_BYTES 4096                 /* one ring would do */
+#define HELLO_NS   UINT64_C(2000000000) /* a handshake's deadline */
+#define ACCEPT_NS  UINT64_C(200000000)  /* between tries when no file descriptor is left */
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77
@@ -406,6 +407,8 @@ static const char *make_session(struct peer *peer, uint32_t rows)
     peer->memory_fd = memfd_create("sidekv-session", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     peer->sq_fd = eventfd(0, EFD_CLOEXEC);
     bool paired = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, bell) == 0;
+    shutdown(bell[0], SHUT_RD); /* what it sent would stay there, descriptors too */
+    setsockopt(bell[0], SOL_SOCKET, SO_SNDBUF, &(int){BELL_BYTES}, sizeof(int));
     peer->cq_fd = bell[0];
     peer->cq_client_fd = bell[1];
     if (peer->memory_fd < 0 || peer->sq_fd < 0 || !paired ||

@@ -381,7 +381,7 @@ static uint64_t unstored_pages(const struct daemon *daemon)
 {
     struct skv_stats stats;
     skv_cache_stats(daemon->cache, &stats);
-    return stats.offload_backlog;
+    return stats.offload_backlog + skv_mover_offload_staged(daemon->mover);
 }
 
 static void on_signal(void *context, int32_t result)

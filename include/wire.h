@@ -31,7 +31,7 @@
 #include "sidekv.h"
 
 #define WIRE_MAGIC           0x764b5331u /* "1SKv" */
-#define WIRE_VERSION         2u
+#define WIRE_VERSION         3u
 #define WIRE_HELLO_FDS       2u /* of a worker; an admin has the first alone */
 #define WIRE_WELCOME_FDS     3u
 #define WIRE_FDS_PER_MESSAGE 200u /* the kernel's limit is 253 */
