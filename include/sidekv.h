@@ -289,7 +289,8 @@ int skv_lookup(struct skv *skv, struct skv_id model, struct skv_id user,
                struct skv_user_info *info);
 /* The next three may return SKV_EAGAIN, and then nothing was done: after a hot restart, while the
  * daemon awaits its store (store_awaited in the stats). These and skv_flush() return the store's
- * error, SKV_ENOSPC, SKV_EIO or SKV_ENOMEM, while it refuses what they have to write; it is tried again. */
+ * error, SKV_ENOSPC, SKV_EIO or SKV_ENOMEM, while it refuses what they have to write; it is tried
+ * again. */
 int skv_evict(struct skv *skv, struct skv_id model,
               struct skv_id user); /* pool pages only; stores them first; SKV_EBUSY */
 int skv_forget(struct skv *skv, struct skv_id model,

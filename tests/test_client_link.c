@@ -464,20 +464,12 @@ Test(client_link, a_right_handshake_maps_pool_and_gates)
 }
 
 /* Who asks for what the daemon would end the session for, still has it. */
-static void serve_a_ping(struct fake *f)
-{
-    fake_handshake(f);
-    struct wire_sqe sqe = fake_take(f, WIRE_NOP);
-    fake_answer(f, &sqe, 0);
-    fake_await_hang_up(f);
-}
-
 Test(client_link, wrong_arguments_cost_no_session)
 {
     struct skv_options options = fake_options(&fake);
     struct skv *skv = NULL;
     const struct skv_id other = {.lo = 5, .hi = 6}, user = skv_user_integer(1);
-    fake_start(&fake, serve_a_ping);
+    fake_start(&fake, fake_serve_a_ping);
     cr_assert_eq(skv_open(&options, &skv), 0);
     cr_expect_eq(skv_truncate(skv, fake_model, user, SKV_MAX_TOKENS + 1), SKV_EINVAL);
     cr_expect_eq(skv_truncate(skv, other, user, 1), SKV_EINVAL);

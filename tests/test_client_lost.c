@@ -281,14 +281,6 @@ static void serve_silent_end(struct fake *f)
     fake_await_hang_up(f);
 }
 
-static void serve_a_ping(struct fake *f)
-{
-    fake_handshake(f);
-    struct wire_sqe sqe = fake_take(f, WIRE_NOP);
-    fake_answer(f, &sqe, 0);
-    fake_await_hang_up(f);
-}
-
 Test(client_lost, a_batch_whose_end_is_not_answered_is_over_and_the_session_comes_back)
 {
     static const enum wire_opcode ends[] = {WIRE_RELEASE, WIRE_COMMIT};
@@ -305,7 +297,7 @@ Test(client_lost, a_batch_whose_end_is_not_answered_is_over_and_the_session_come
             ends[i] == WIRE_COMMIT ? skv_commit(skv, &batch, NULL) : skv_release(skv, &batch);
         cr_assert_eq(status, SKV_ETIMEDOUT);
         cr_assert_eq(fake_end(&fake), 0);
-        fake_start(&fake, serve_a_ping);
+        fake_start(&fake, fake_serve_a_ping);
         for (int k = 0; k < 100 && (status = skv_ping(skv, NULL)) == SKV_ELOST; k++)
             usleep(100000);
         cr_expect_eq(status, 0, "a batch is open still");
