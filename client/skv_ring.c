@@ -87,8 +87,10 @@ static bool sleep_slice(struct skv *skv, uint64_t now_ns, uint64_t deadline_ns)
         int ready = poll(&bell, 1, slice);
         fine = ready >= 0 || errno == EINTR;
         char rings[256]; /* eight bytes a ring */
-        if (ready > 0)   /* this thread is its only reader; too few taken: it looks once more */
-            (void)!read(skv->link.cq_event, rings, sizeof rings);
+        /* This thread is its only reader; too few taken: it looks once more. None, ever: the other
+         * end is closed, as the watcher is about to say, unless the daemon is a broken one. */
+        if (ready > 0 && read(skv->link.cq_event, rings, sizeof rings) == 0)
+            poll(NULL, 0, 1);
     }
     ring_awake(&skv->cq);
     return fine;

@@ -363,13 +363,18 @@ static inline void fake_answer(struct fake *f, const struct wire_sqe *sqe, int s
     fake_complete(f, (struct wire_cqe){.user_data = sqe->user_data, .status = status});
 }
 
+static inline void fake_answer_a_ping(struct fake *f)
+{
+    struct wire_sqe sqe = fake_take(f, WIRE_NOP);
+    fake_answer(f, &sqe, 0);
+    fake_await_hang_up(f);
+}
+
 /* A script: a session that is asked for one ping. */
 static inline void fake_serve_a_ping(struct fake *f)
 {
     fake_handshake(f);
-    struct wire_sqe sqe = fake_take(f, WIRE_NOP);
-    fake_answer(f, &sqe, 0);
-    fake_await_hang_up(f);
+    fake_answer_a_ping(f);
 }
 
 static inline struct wire_slot *fake_slot(struct fake *f, uint32_t row)

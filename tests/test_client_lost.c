@@ -85,6 +85,21 @@ Test(client_lost, a_call_without_an_answer_times_out_and_costs_the_session)
     close_and_end();
 }
 
+/* Hangs the bell's end up, and answers all the same. */
+static void serve_without_a_bell(struct fake *f)
+{
+    fake_handshake(f);
+    close(f->bell);
+    fake_answer_a_ping(f);
+}
+
+Test(client_lost, a_daemon_without_a_bell_is_asked_in_naps)
+{
+    open_with(serve_without_a_bell);
+    cr_expect_eq(skv_ping(skv, NULL), 0);
+    close_and_end();
+}
+
 /* ---- the daemon is gone ---- */
 
 static void serve_gated_then_die(struct fake *f)
