@@ -92,7 +92,7 @@ SRC_sidekv  := $(wildcard client/skv_*.c)
 SRC_runner  := $(wildcard client/runner*.c)
 SRC_cli     := $(filter-out client/cli_main.c,$(wildcard client/cli_*.c))
 # Tests and benches of the CUDA layers need its headers, and share a plain CUDA reference.
-CUDA_ONLY   := $(addprefix tests/test_,plan_cuda.c attention_cuda.c layers_cuda.c products_cuda.c gate_cuda.c) $(addprefix bench/bench_,block.c gemm.c)
+CUDA_ONLY   := $(wildcard tests/test_*_cuda.c) $(addprefix bench/bench_,block.c gemm.c)
 NEEDS_CUDA  := $(if $(CUDA),,$(CUDA_ONLY))
 TESTS       := $(patsubst tests/%.c,$(B)/tests/%,$(filter-out $(NEEDS_CUDA),$(wildcard tests/test_*.c tests/stress_*.c)))
 FUZZERS     := $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/fuzz_*.c))
@@ -261,7 +261,7 @@ host: all $(TESTS)
 	@$(MAKE) --no-print-directory HOST=1 all
 
 # test_plan_cuda makes no CUDA call, which compute-sanitizer takes for an error.
-GPU_TESTS := $(addprefix $(B)/tests/,test_device test_plan_cuda test_gate_cuda test_products_cuda test_attention_cuda test_layers_cuda)
+GPU_TESTS := $(addprefix $(B)/tests/,test_device test_plan_cuda test_gate_cuda test_products_cuda test_attention_cuda test_layers_cuda test_waits_cuda)
 .PHONY: test-gpu
 test-gpu: all $(TESTS) ## on a machine with a GPU: its tests on both kernel paths, the grid's every cell, then memcheck
 	@SIDEKV_TEST_GRID=1 tests/run.sh $(GPU_TESTS) $(addprefix $(B)/tests/,test_pool_fds test_restart test_standby test_protect) tests/proc_systemd.sh HSTU_KERNELS=portable $(filter %_cuda,$(GPU_TESTS))

@@ -36,18 +36,23 @@ _Static_assert(WIRE_FDS_PER_MESSAGE <= SKV_FDS_PER_MESSAGE, "a message of the wi
 #define SO_PEERPIDFD 77
 #endif
 
+static struct peer free_peer(struct daemon *daemon, uint32_t index)
+{
+    return (struct peer){.daemon = daemon,
+                         .index = index,
+                         .socket = -1,
+                         .pidfd = -1,
+                         .memory_fd = -1,
+                         .sq_fd = -1,
+                         .cq_fd = -1,
+                         .cq_client_fd = -1,
+                         .slot = -1};
+}
+
 void skv_peers_init(struct daemon *daemon)
 {
     for (uint32_t i = 0; i < SKV_MAX_PEERS; i++)
-        daemon->peers[i] = (struct peer){.daemon = daemon,
-                                         .index = i,
-                                         .socket = -1,
-                                         .pidfd = -1,
-                                         .memory_fd = -1,
-                                         .sq_fd = -1,
-                                         .cq_fd = -1,
-                                         .cq_client_fd = -1,
-                                         .slot = -1};
+        daemon->peers[i] = free_peer(daemon, i);
 }
 
 static void close_fd(int *fd)
@@ -77,17 +82,7 @@ static void peer_free(struct peer *peer)
     close_fd(&peer->sq_fd);
     close_fd(&peer->cq_fd);
     close_fd(&peer->cq_client_fd);
-    struct daemon *daemon = peer->daemon;
-    uint32_t index = peer->index;
-    *peer = (struct peer){.daemon = daemon,
-                          .index = index,
-                          .socket = -1,
-                          .pidfd = -1,
-                          .memory_fd = -1,
-                          .sq_fd = -1,
-                          .cq_fd = -1,
-                          .cq_client_fd = -1,
-                          .slot = -1};
+    *peer = free_peer(peer->daemon, peer->index);
 }
 
 /* Frees it once nothing of it is under way; else a later tick does. */

@@ -180,6 +180,19 @@ static inline bool raw_completion(struct raw *raw, struct wire_cqe *cqe)
     return false;
 }
 
+/* Makes its bell blocking, wants to be woken for each of so many completions, and takes no ring. */
+static inline bool raw_takes_no_ring(struct raw *raw, uint32_t rings)
+{
+    struct wire_cqe cqe;
+    bool fine = fcntl(raw->cq_fd, F_SETFL, 0) == 0;
+    __atomic_store_n(&raw->ring->cq_flags, WIRE_NEED_WAKEUP, __ATOMIC_SEQ_CST);
+    for (uint32_t i = 0; fine && i < rings; i++) {
+        raw_submit(raw, &(struct wire_sqe){.opcode = WIRE_NOP});
+        fine = raw_completion(raw, &cqe);
+    }
+    return fine;
+}
+
 /* Why the daemon ended the session: the goodbye's status, 0 when it did not. */
 static inline int raw_goodbye(struct raw *raw)
 {
